@@ -1,0 +1,376 @@
+"""The library in five calls: quantize, synthesize, load, evaluate, resolve."""
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from zsq.core import (
+    Batch,
+    Bits,
+    Job,
+    Method,
+    NoData,
+    RecipeError,
+    Reporter,
+    Run,
+    RunError,
+    Source,
+    Teacher,
+    UnsupportedModel,
+    diff,
+    needs,
+    show,
+    smoke,
+)
+from zsq.evaluate import Accuracy, Images, evaluate, read_images
+from zsq.methods import BASELINES, METHODS
+from zsq.nets.graph import capture
+from zsq.nets.load import Network, load_network
+from zsq.quant import PROTOCOLS, InsertFakeQuant, QuantizationProtocol
+from zsq.quant.placement import float_tensors
+from zsq.quant.quantizers import freeze
+from zsq.store import load_student, save_student
+from zsq.version import __version__
+
+__all__ = ["Effort", "Result", "find_method", "load", "quantize", "resolve", "synthesize"]
+
+Effort = Literal["smoke", "fast", "paper"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished quantization."""
+
+    student: fx.GraphModule
+    """The low-bit network, a plain module in eval mode: images (N, C, H, W) to logits (N, K)."""
+    recipe: Method
+    metrics: dict[str, Any]
+    """What happened, as in ``metrics.json``: accuracies in percent, sizes in bytes, seconds by stage ..."""
+    images: Batch | None
+    """The images that were synthesized; None for methods without."""
+    folder: Path | None
+
+    def save(self, path: str | Path) -> None:
+        """Write the student as one safetensors file."""
+        origin = {"teacher": self.metrics["teacher"], "method": self.recipe.name, "bits": self.metrics["bits"]}
+        Path(path).write_bytes(save_student(self.student, origin))
+
+
+def quantize(
+    model: str | nn.Module | Network,
+    method: str | Method = "genie",
+    bits: str | Bits = "w4a4",
+    *,
+    preset: str = "paper",
+    effort: Effort = "paper",
+    protocol: str | QuantizationProtocol | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    data: str | Path | Images | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> Result:
+    """A low-bit copy of ``model``, made without data; ``model`` itself is not changed.
+
+    ``data`` is only ever read to report accuracies, after everything is decided. With ``out`` the run keeps its
+    progress there: the same call after an interruption continues and ends with the same bits.
+
+    Raises:
+        ZsqError: before work starts, if the recipe, the model, the data or the folder cannot be used.
+    """
+    recipe = resolve(method, preset=preset, effort=effort, protocol=protocol, overrides=overrides)
+    bits = Bits.parse(bits)
+    network = _network(model, checkpoint=checkpoint, input_shape=input_shape, mean=mean, std=std)
+    run = Run(out, seed=seed, device=device, reporter=reporter)
+    teacher = Teacher(network.module.to("cpu"))
+    _check(recipe, teacher)
+    images = _images(data, network)
+    digest = teacher.digest()
+    identity = {"method": recipe.name, "bits": str(bits), "seed": str(seed), "teacher": digest, "recipe": show(recipe)}
+    run.claim(identity)
+    run.write("recipe", f"{recipe.name} {bits}, seed {seed}\n\n{show(recipe)}\n".encode())
+    teacher.module.to(run.device)
+    with run.timed("capture"):
+        student = capture(teacher.module, torch.zeros(2, *network.input_shape, device=run.device))
+    job = Job(teacher, student, bits, run, network.input_shape, pixel_range(network))
+    source = Source(recipe.synthesizer, job)
+    if _reads_images(recipe):
+        with run.timed("synthesize"):
+            source.take(None)
+    for step in recipe.quantizer:
+        with run.timed(_stage(step)):
+            step.apply(job, source)
+    freeze(student)
+    student.eval().requires_grad_(False)
+    made = source.take(None) if _reads_images(recipe) else None
+    saved = save_student(student, {"teacher": digest, "method": recipe.name, "bits": str(bits)})
+    metrics: dict[str, Any] = {
+        "model": network.name,
+        "method": recipe.name,
+        "bits": str(bits),
+        "protocol": _protocol(recipe).name,
+        "effort": effort,
+        "preset": preset,
+        "seed": seed,
+        "overrides": {key: str(value) for key, value in (overrides or {}).items()},
+        "teacher": digest,
+        "checkpoint": None if checkpoint is None else str(Path(checkpoint).resolve()),
+        "input_shape": list(network.input_shape),
+        "mean": list(network.mean),
+        "std": list(network.std),
+        "float_tensors": float_tensors(student),
+        "untraced": dict(student.meta.get("untraced", {})),
+        "bytes": {"float": _float_bytes(teacher.module), "packed": len(saved)},
+        "images": 0 if made is None else len(made),
+    }
+    if images is not None:
+        with run.timed("evaluate"):
+            metrics["accuracy"] = _accuracies(network, teacher, student, images, run)
+    metrics["seconds"] = {stage: round(seconds, 2) for stage, seconds in run.seconds.items()}
+    metrics["peak_memory_mb"] = _peak_memory_mb()
+    metrics["versions"] = {"zsq": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    run.write("student.safetensors", saved)
+    if made is not None and run.folder is not None:
+        _write_images(run, made, network)
+    run.write("metrics.json", json.dumps(metrics, indent=1).encode())
+    return Result(student, recipe, metrics, made, run.folder)
+
+
+def synthesize(
+    model: str | nn.Module | Network,
+    method: str | Method = "zeroq",
+    samples: int = 256,
+    *,
+    preset: str = "paper",
+    effort: Effort = "paper",
+    overrides: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> tuple[Batch, Network]:
+    """``samples`` images that ``method`` makes for ``model``, in normalised space, and the network they are for.
+
+    Raises:
+        RecipeError: if the method makes no images.
+    """
+    if samples < 1:
+        raise RecipeError(f"samples must be at least 1, got {samples}")
+    recipe = resolve(method, preset=preset, effort=effort, overrides=overrides)
+    if isinstance(recipe.synthesizer, NoData):
+        making = [name for name, each in METHODS.items() if not isinstance(each.synthesizer, NoData)]
+        raise RecipeError(f"{recipe.name} makes no images; methods that do: {', '.join(making)}")
+    recipe = recipe.override({"synthesizer.samples": samples})
+    network = _network(model, checkpoint=checkpoint, input_shape=input_shape, mean=mean, std=std)
+    run = Run(seed=seed, device=device, reporter=reporter)
+    teacher = Teacher(network.module)
+    _check(recipe, teacher)
+    teacher.module.to(run.device)
+    student = capture(teacher.module, torch.zeros(2, *network.input_shape, device=run.device))
+    job = Job(teacher, student, Bits(), run, network.input_shape, pixel_range(network))
+    return Source(recipe.synthesizer, job).take(samples), network
+
+
+def load(folder: str | Path, model: str | nn.Module | Network | None = None) -> tuple[fx.GraphModule, Network]:
+    """The student that a run left in ``folder``, and its network; ``model`` is needed if it was handed in as a module.
+
+    Outputs are equal to those of the run to the bit. Loading executes no code from the folder.
+
+    Raises:
+        RunError: if the folder holds no finished run.
+        UnsupportedModel: if ``model`` is not the network that was quantized.
+    """
+    metrics = read_metrics(folder)
+    settings = {
+        "input_shape": tuple(metrics["input_shape"]),
+        "mean": tuple(metrics["mean"]),
+        "std": tuple(metrics["std"]),
+    }
+    if model is None:
+        model = str(metrics["model"])
+        if ":" not in model:
+            raise RunError(f"{folder} was made from a module in memory ({model}): hand it in as the model")
+    network = _network(model, checkpoint=metrics["checkpoint"], **settings)
+    if Teacher(network.module).digest() != metrics["teacher"]:
+        raise UnsupportedModel(f"{folder} was made from other weights than this {network.name} has")
+    student, _ = load_student(
+        Path(folder) / "student.safetensors", network.module, torch.zeros(2, *network.input_shape)
+    )
+    return student, network
+
+
+def read_metrics(folder: str | Path) -> dict[str, Any]:
+    """What a finished run measured.
+
+    Raises:
+        RunError: if the folder holds no finished run.
+    """
+    path = Path(folder) / "metrics.json"
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder} holds no finished run ({path.name}: {error}): run zsq quantize --out first"
+        ) from error
+    return metrics
+
+
+def resolve(
+    method: str | Method,
+    *,
+    preset: str = "paper",
+    effort: Effort = "paper",
+    protocol: str | QuantizationProtocol | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Method:
+    """The recipe that will run: the method, its preset, the effort, the protocol and single values, in this order.
+
+    Raises:
+        RecipeError: if a name or path does not exist, or a value does not fit; the message lists what exists.
+    """
+    recipe = (find_method(method) if isinstance(method, str) else method).preset(preset)
+    if effort not in ("smoke", "fast", "paper"):
+        raise RecipeError(f"effort is smoke, fast or paper, got {effort!r}")
+    if effort == "fast" and preset != "fast":
+        recipe = recipe.preset("fast")
+    if effort == "smoke":
+        recipe = smoke(recipe)
+    if protocol is not None:
+        recipe = recipe.override({"quantizer.insert_fake_quant.protocol": find_protocol(protocol)})
+    return recipe.override(overrides or {})
+
+
+def find_method(name: str) -> Method:
+    """The method or control called ``name``.
+
+    Raises:
+        RecipeError: if there is none; the message lists those that exist.
+    """
+    known = {**METHODS, **BASELINES}
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise RecipeError(f"no method {name!r}{hint}: there is {', '.join(known)}")
+    return known[name]
+
+
+def find_protocol(protocol: str | QuantizationProtocol) -> QuantizationProtocol:
+    """The protocol called ``protocol``.
+
+    Raises:
+        RecipeError: if there is none; the message lists those that exist.
+    """
+    if isinstance(protocol, QuantizationProtocol):
+        return protocol
+    if protocol not in PROTOCOLS:
+        raise RecipeError(f"no protocol {protocol!r}: there is {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]
+
+
+def compare_recipes(old: Method, new: Method) -> str:
+    """What distinguishes two recipes, a line each."""
+    return diff(old, new)
+
+
+def pixel_range(network: Network) -> tuple[float, float]:
+    """The least and the largest value of a normalised pixel of ``network``."""
+    ends = [((end - mean) / std) for mean, std in zip(network.mean, network.std, strict=True) for end in (0.0, 1.0)]
+    return min(ends), max(ends)
+
+
+def to_pixels(images: Tensor, network: Network) -> Tensor:
+    """Normalised images (N, C, H, W) as (N, H, W, C) uint8, clipped to what a screen can show."""
+    centre, spread = (torch.tensor(values).view(-1, 1, 1) for values in (network.mean, network.std))
+    shown = (images.cpu() * spread + centre).clamp(0, 1) * 255
+    return shown.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _network(model: str | nn.Module | Network, **settings: Any) -> Network:
+    return model if isinstance(model, Network) else load_network(model, **settings)
+
+
+def _check(recipe: Method, teacher: Teacher) -> None:
+    try:
+        recipe.check(teacher)
+    except UnsupportedModel as error:
+        fitting = [name for name, each in METHODS.items() if needs(each) <= teacher.offers | {"labels", "student"}]
+        raise UnsupportedModel(f"{error}; methods that fit: {', '.join(fitting) or 'none yet'}") from None
+
+
+def _images(data: str | Path | Images | None, network: Network) -> Images | None:
+    if data is None or isinstance(data, Images):
+        return data
+    images = read_images(data, network.input_shape)
+    return images
+
+
+def _reads_images(recipe: Method) -> bool:
+    return any(getattr(step, "reads_images", False) for step in recipe.quantizer)
+
+
+def _protocol(recipe: Method) -> QuantizationProtocol:
+    return next(step.protocol for step in recipe.quantizer if isinstance(step, InsertFakeQuant))
+
+
+def _stage(step: object) -> str:
+    from zsq.core.recipe import snake
+
+    return snake(type(step).__name__)
+
+
+def _accuracies(network: Network, teacher: Teacher, student: nn.Module, images: Images, run: Run) -> dict[str, Any]:
+    settings: dict[str, Any] = {"mean": network.mean, "std": network.std, "device": str(run.device)}
+    exact = evaluate(teacher.module, images, **settings)
+    low: Accuracy = evaluate(student, images, teacher=teacher.module, **settings)
+    return {"float": asdict(exact), "quantized": asdict(low), "drop": round(exact.top1 - low.top1, 4)}
+
+
+def _float_bytes(network: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()) if t.dim() > 0)
+
+
+def _peak_memory_mb() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def _write_images(run: Run, made: Batch, network: Network) -> None:
+    import io
+
+    import safetensors.torch
+    from PIL import Image
+
+    tensors = {"images": made.images.cpu().contiguous()}
+    if made.labels is not None:
+        tensors["labels"] = made.labels.cpu().contiguous()
+    run.write("images.safetensors", safetensors.torch.save(tensors))
+    shown = to_pixels(made.images[:64], network)
+    columns = min(8, len(shown))
+    rows = -(-len(shown) // columns)
+    height, width, channels = shown.shape[1:]
+    sheet = torch.full((rows * (height + 1), columns * (width + 1), channels), 255, dtype=torch.uint8)
+    for index, image in enumerate(shown):
+        y, x = index // columns * (height + 1), index % columns * (width + 1)
+        sheet[y : y + height, x : x + width] = image
+    array = sheet.numpy()
+    buffer = io.BytesIO()
+    picture = Image.fromarray(array[:, :, 0] if channels == 1 else array[:, :, :3])
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(buffer, "PNG")
+    run.write("images.png", buffer.getvalue())

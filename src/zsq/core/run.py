@@ -1,0 +1,275 @@
+"""Run: device, named randomness, progress, log and resume. Nothing else touches seeds, devices or files."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from zsq.core.errors import RunError
+
+__all__ = ["Reporter", "Run", "resolve_device", "save_atomically"]
+
+T = TypeVar("T")
+
+
+class Reporter(Protocol):
+    """Something that shows progress to a person; the library itself never prints."""
+
+    def progress(self, label: str, done: int, count: int) -> None:
+        """``done`` of ``count`` steps of ``label`` are finished."""
+
+
+class _Silent:
+    def progress(self, label: str, done: int, count: int) -> None:
+        pass
+
+
+class Run:
+    """One quantization: where it computes, what it draws, and what survives an interruption.
+
+    Work is resumable in two ways. ``steps`` is a loop whose every changed object was given to ``track``: it continues
+    from the last checkpoint. ``cached`` is a piece of work that is done once and kept, or redone whole.
+    Random numbers are drawn on the CPU from streams named by (seed, scope, name), so they depend on neither the
+    device nor on which other ingredients draw.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        seed: int = 0,
+        device: str = "auto",
+        save_every: float = 30.0,
+        reporter: Reporter | None = None,
+    ) -> None:
+        """``folder`` None keeps nothing; ``save_every`` is in seconds of a ``steps`` loop.
+
+        Raises:
+            RunError: if the device is not there, or the folder cannot be written.
+        """
+        self.seed = seed
+        self.device = resolve_device(device)
+        self.folder = None if folder is None else Path(folder)
+        self.seconds: dict[str, float] = {}
+        self._save_every = save_every
+        self._reporter = reporter or _Silent()
+        self._scope: list[str] = []
+        self._tracked: dict[str, Any] = {}
+        self._saved: dict[str, Any] = {}
+        self._done: dict[str, int] = {}
+        if self.folder is not None:
+            _writable(self.folder)
+            if self._checkpoint.exists():
+                state = torch.load(self._checkpoint, weights_only=True)
+                self._saved, self._done = state["tracked"], state["done"]
+
+    # --- identity -----------------------------------------------------------------------------------------------
+
+    def claim(self, identity: Mapping[str, str]) -> None:
+        """Make the folder this work's own, or continue it.
+
+        Raises:
+            RunError: if the folder holds the work of another identity (recipe, teacher, bits, seed ...).
+        """
+        if self.folder is None:
+            return
+        path = self.folder / "identity.json"
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise RunError(f"{path} cannot be read ({error}): remove the folder or choose another") from error
+            other = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+            if other:
+                raise RunError(
+                    f"{self.folder} holds another run ({', '.join(_change(k, found, identity) for k in other)}): "
+                    "choose another folder or remove this one"
+                )
+            return
+        strangers = [p.name for p in self.folder.iterdir()]
+        if strangers:
+            raise RunError(f"{self.folder} is not a run folder and not empty (it holds {', '.join(strangers[:3])})")
+        save_atomically(path, json.dumps(dict(identity), indent=1).encode())
+
+    # --- randomness ---------------------------------------------------------------------------------------------
+
+    def generator(self, name: str) -> torch.Generator:
+        """The random stream ``name``; inside a cached piece it belongs to that piece, elsewhere it is tracked."""
+        stream = self.fresh(name)
+        return stream if self._scope else self.track(f"random/{name}", stream)
+
+    def fresh(self, name: str) -> torch.Generator:
+        """A stream that starts anew at each call: a function of (seed, scope, name) alone."""
+        digest = hashlib.sha256("/".join((str(self.seed), *self._scope, name)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    @contextlib.contextmanager
+    def seeded(self, name: str) -> Iterator[None]:
+        """A context in which torch's own randomness (initialisation, dropout) is the stream ``name``, started anew."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.fresh(name).get_state())
+            yield
+
+    # --- resumable work -----------------------------------------------------------------------------------------
+
+    def track(self, name: str, thing: T) -> T:
+        """``thing`` (a module, optimizer, scheduler or generator), saved in each checkpoint and restored from one."""
+        if name in self._saved:
+            _restore(thing, self._saved.pop(name))
+        self._tracked[name] = thing
+        return thing
+
+    def steps(self, count: int, label: str) -> Iterator[int]:
+        """A resumable loop: everything it changes must be tracked. Yields the steps that are left."""
+        saved = time.monotonic()
+        for step in range(self._done.get(label, 0), count):
+            yield step
+            self._done[label] = step + 1
+            self._reporter.progress(label, step + 1, count)
+            if self.folder and (time.monotonic() - saved >= self._save_every or step + 1 == count):
+                self.save()
+                saved = time.monotonic()
+
+    def save(self) -> None:
+        """Write a checkpoint of everything tracked."""
+        tracked = {name: _state(thing) for name, thing in self._tracked.items()}
+        _save_tensors(self._checkpoint, {"tracked": {**self._saved, **tracked}, "done": self._done})
+
+    def cached(self, key: str, make: Callable[[], T]) -> T:
+        """The value of ``make()``, kept under ``key``: done once, redone whole if interrupted.
+
+        The value is made of tensors, numbers, text, lists and dicts, and holds everything that the piece drew.
+        """
+        path = self.folder and self.folder / "pieces" / f"{'/'.join((*self._scope, key))}.pt"
+        if path and path.exists():
+            kept: T = torch.load(path, weights_only=True, map_location=self.device)
+            return kept
+        self._scope.append(key)
+        try:
+            value = make()
+        finally:
+            self._scope.pop()
+        if path:
+            _save_tensors(path, value)
+        return value
+
+    def progress(self, count: int, label: str) -> Iterator[int]:
+        """A loop inside a cached piece: shown, not resumed."""
+        for step in range(count):
+            yield step
+            self._reporter.progress(label, step + 1, count)
+
+    # --- what happened ------------------------------------------------------------------------------------------
+
+    def log(self, label: str, step: int, **numbers: float) -> None:
+        """Append one JSON line to ``log.jsonl``: seconds since the epoch, the label, the step and the numbers."""
+        if self.folder is None:
+            return
+        line = json.dumps({"time": round(time.time(), 3), "label": label, "step": step, **numbers})
+        with _telling(self.folder / "log.jsonl") as path, path.open("a") as file:
+            file.write(line + "\n")
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the wall-clock seconds spent inside to ``seconds[stage]``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run folder atomically; nothing happens without a folder."""
+        if self.folder is not None:
+            save_atomically(self.folder / name, content)
+
+    @property
+    def _checkpoint(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "checkpoint.pt"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device ``name``; ``auto`` is the first accelerator, or the CPU.
+
+    Raises:
+        RunError: if it does not exist here; the message lists what does.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise RunError(f"no device {name!r} here: there is {', '.join(present)}") from error
+    return device
+
+
+def save_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` so that ``path`` holds either all of it or what it held before.
+
+    Raises:
+        RunError: if it cannot be written (no space, no permission); a later run resumes from what is complete.
+    """
+    with _telling(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _save_tensors(path: Path, value: Any) -> None:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    save_atomically(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def _telling(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path} ({error.strerror}): make room or choose another folder, "
+            "then run the same command again; it resumes"
+        ) from error
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create {folder} ({error.strerror}): choose another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write into {folder}: choose another folder")
+
+
+def _change(key: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    old, new = found.get(key, "nothing"), wanted.get(key, "nothing")
+    short = len(old) + len(new) < 80 and "\n" not in old + new
+    return f"{key} {old}, not {new}" if short else f"another {key}"
+
+
+def _state(thing: Any) -> Any:
+    return thing.get_state() if isinstance(thing, torch.Generator) else thing.state_dict()
+
+
+def _restore(thing: Any, state: Any) -> None:
+    if isinstance(thing, torch.Generator):
+        thing.set_state(state)
+    else:
+        thing.load_state_dict(state)

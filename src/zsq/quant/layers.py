@@ -1,0 +1,146 @@
+"""The passes that put quantizers into a student, and that find the ranges of its activations."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from zsq.core import FLOAT, Job, Recipe, RecipeError, Source, check_counts
+from zsq.nets.folding import fold_batchnorms
+from zsq.nets.graph import hidden_layers, layers
+from zsq.quant.grid import MinMax, Range
+from zsq.quant.placement import MINMAX_PTQ, Edge, QuantizationProtocol
+from zsq.quant.quantizers import ActivationQuantizer, activation_quantizers, quantize_weight
+from zsq.quant.rounding import Nearest, Rounding
+
+__all__ = [
+    "Calibrate",
+    "FoldBatchNorm",
+    "InsertFakeQuant",
+    "edge_of",
+    "fold",
+    "insert_activation_quantizer",
+    "quantize_input",
+]
+
+_HOME = "activation_quantizers"
+"""The submodule of the student that holds the quantizers of its edges."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldBatchNorm(Recipe):
+    """Fold every BatchNorm into the layer before it, exactly, and keep what it said about that layer's output."""
+
+    def apply(self, job: Job, source: Source) -> None:
+        """Change ``job.student`` in place."""
+        fold(job.student)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertFakeQuant(Recipe):
+    """Quantize the weights of all layers, and insert quantizers on the edges that the protocol names."""
+
+    protocol: QuantizationProtocol = MINMAX_PTQ
+    range: Range = MinMax()
+    """How the range of a weight row is found."""
+    rounding: Rounding = Nearest()
+    """How a weight picks its grid point."""
+
+    def apply(self, job: Job, source: Source) -> None:
+        """Change ``job.student`` in place; activations pass unchanged until their ranges are set."""
+        graph, protocol = job.student, self.protocol
+        if protocol.fold:
+            fold(graph)
+        nodes = layers(graph)
+        edges = protocol.placement.edges(graph)
+        named = {str(node.target): graph.get_submodule(str(node.target)) for node in nodes}
+        hidden = hidden_layers(graph)
+        for position, (_, layer) in enumerate({**named, **hidden}.items()):
+            bits = protocol.ends.weights(position, len(named) + len(hidden), job.bits.weights)
+            if bits != FLOAT:
+                quantize_weight(layer, bits, protocol.weights, self.range, self.rounding)
+        for edge in edges:
+            bits = self._edge_bits(edge, nodes, job.bits.activations)
+            if bits != FLOAT:
+                insert_activation_quantizer(graph, edge, ActivationQuantizer(bits, protocol.activations))
+        if job.bits.activations != FLOAT:
+            for layer in hidden.values():
+                quantize_input(layer, ActivationQuantizer(job.bits.activations, protocol.activations))
+        graph.recompile()
+
+    def _edge_bits(self, edge: Edge, nodes: list[fx.Node], bits: int) -> int:
+        """The widest that a layer among the readers asks for: a shared tensor is stored once."""
+        if bits == FLOAT:
+            return FLOAT
+        ends = self.protocol.ends
+        asked = [ends.inputs(nodes.index(node), len(nodes), bits) for node in edge.readers if node in nodes]
+        return max(asked, default=bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Recipe):
+    """Set activation ranges from images, each one behind layers that are already quantized."""
+
+    range: Range = MinMax()
+    """How the range of a batch is found; later batches widen it."""
+    samples: int = 256
+    """Images to look at, at most."""
+    batch_size: int = 256
+
+    reads_images: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_counts(self, "samples", "batch_size")
+
+    def apply(self, job: Job, source: Source) -> None:
+        """Change ``job.student`` in place."""
+        quantizers = activation_quantizers(job.student)
+        if not quantizers:
+            return
+        for quantizer in quantizers.values():
+            quantizer.observe(self.range)
+        with torch.no_grad():
+            for batch in source.batches(self.batch_size, self.samples):
+                job.student(batch.images)
+        for name, quantizer in quantizers.items():
+            quantizer.observe(None)
+            if not quantizer.ready:
+                raise RecipeError(f"nothing reached the quantizer {name}: its range is unknown")
+
+
+def fold(graph: fx.GraphModule) -> None:
+    """Fold every BatchNorm that can be, in place, and keep the moments of the layers in ``graph.meta["moments"]``."""
+    if "moments" not in graph.meta:
+        graph.meta["moments"] = fold_batchnorms(graph)
+        graph.meta.setdefault("edits", []).append(["fold"])
+
+
+def insert_activation_quantizer(graph: fx.GraphModule, edge: Edge, quantizer: ActivationQuantizer) -> None:
+    """Let the readers of ``edge`` read its source through ``quantizer``, in place; the graph must be recompiled."""
+    if not hasattr(graph, _HOME):
+        graph.add_module(_HOME, nn.ModuleDict())
+    home = graph.get_submodule(_HOME)
+    assert isinstance(home, nn.ModuleDict)
+    home[edge.source.name] = quantizer.to(next((p.device for p in graph.parameters()), None))
+    with graph.graph.inserting_after(edge.source):
+        node = graph.graph.call_module(f"{_HOME}.{edge.source.name}", (edge.source,))
+    node.meta["shape"] = edge.source.meta["shape"]
+    for reader in edge.readers:
+        reader.replace_input_with(edge.source, node)
+
+
+def edge_of(graph: fx.GraphModule, name: str) -> Edge | None:
+    """The edge on which the activation quantizer ``name`` sits; None for one inside a module that was not traced."""
+    node = next((node for node in graph.graph.nodes if node.op == "call_module" and node.target == name), None)
+    return Edge(node.all_input_nodes[0], tuple(node.users)) if node else None
+
+
+def quantize_input(layer: nn.Module, quantizer: ActivationQuantizer) -> None:
+    """Quantize what enters ``layer`` where no edge of a graph is visible, in place."""
+    layer.add_module("input_quantizer", quantizer)
+    layer.register_forward_pre_hook(_through_quantizer)
+
+
+def _through_quantizer(layer: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
+    return (layer.get_submodule("input_quantizer")(inputs[0]), *inputs[1:])

@@ -1,0 +1,256 @@
+"""The modules that quantize: weights as a parametrization of their layer, activations as nodes on an edge."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from zsq.quant.grid import Range, Scheme, affine, fake_quantize
+from zsq.quant.rounding import Constant, LearnedRounding, Rounding
+
+__all__ = [
+    "ActivationQuantizer",
+    "WeightQuantizer",
+    "activation_quantizers",
+    "attach",
+    "float_mode",
+    "float_weight",
+    "freeze",
+    "mix",
+    "quantize_weight",
+    "random_mask",
+    "weight_quantizer",
+    "weight_quantizers",
+]
+
+
+class WeightQuantizer(nn.Module):
+    """Fake-quantizes the weight of one layer; a parametrization, so that the layer keeps its class and its name.
+
+    While it learns it computes from the float weight; once ``freeze`` has run it computes from integer ``codes``
+    alone, as a network that was loaded from a file does.
+    """
+
+    zero_point: Tensor
+    codes: Tensor | None
+
+    def __init__(
+        self,
+        bits: int,
+        low: int,
+        high: int,
+        scale: Tensor,
+        zero_point: Tensor,
+        rounding: nn.Module,
+        codes: Tensor | None,
+    ) -> None:
+        """``scale`` and ``zero_point`` broadcast against the weight; the grid is ``low .. high``."""
+        super().__init__()
+        self.bits, self.low, self.high = bits, low, high
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("codes", codes)
+        self.rounding = rounding
+        self.enabled = True
+
+    @classmethod
+    def fit(
+        cls, weight: Tensor, bits: int, scheme: Scheme, span: Range, rounding: Rounding, axis: int
+    ) -> "WeightQuantizer":
+        """The quantizer of ``weight`` whose output channels lie on ``axis``."""
+        rows = scheme.granularity.rows(weight, axis)
+        grid = affine(*span.of(rows, bits, scheme, signed=True), bits, scheme)
+        scale = scheme.granularity.spread(grid.scale, weight, axis).clone()
+        zero_point = scheme.granularity.spread(grid.zero_point, weight, axis).clone()
+        decided = rounding.build(weight / scale, grid.low - zero_point, grid.high - zero_point)
+        return cls(bits, grid.low, grid.high, scale, zero_point, decided, None)
+
+    def integers(self, weight: Tensor) -> Tensor:
+        """The grid points of ``weight``, within ``low .. high``."""
+        rounded: Tensor = self.rounding(weight / self.scale)
+        return (rounded + self.zero_point).clamp(self.low, self.high)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``weight`` (O, I, *kernel) on its grid."""
+        if not self.enabled:
+            return weight
+        integers = self.integers(weight) if self.codes is None else self.codes.to(self.scale.dtype) + self.low
+        return (integers - self.zero_point) * self.scale
+
+    def freeze(self, weight: Tensor) -> None:
+        """Decide the integers once and for all; ``codes`` are counted from the lower end of the grid."""
+        if isinstance(self.rounding, LearnedRounding):
+            self.rounding.hard = True
+        with torch.no_grad():
+            self.codes = (self.integers(weight) - self.low).to(torch.uint8)
+        self.rounding = Constant(torch.empty(0))  # the codes say it all
+        self.scale.requires_grad_(False)
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake-quantizes the value on one edge, per tensor, once its range is known; until then the value passes."""
+
+    zero_point: Tensor
+
+    def __init__(self, bits: int, scheme: Scheme) -> None:
+        super().__init__()
+        self.bits, self.scheme = bits, scheme
+        self.low, self.high = scheme.limits(bits, signed=False)
+        self.scale = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.enabled = True
+        self.ready = False
+        self.drop = 0.0
+        """Probability with which an element stays float (QDrop); 0 outside reconstruction."""
+        self.rng: torch.Generator | None = None
+        self._range: Range | None = None
+        self._signed = False
+        self._ends: tuple[Tensor, Tensor] | None = None
+
+    def observe(self, span: Range | None) -> None:
+        """Widen the range by whatever passes from now on, as ``span`` finds it; None stops."""
+        self._range = span
+        if span is not None:
+            self._ends, self.ready = None, False
+
+    def set_range(self, low: Tensor, high: Tensor, signed: bool = True) -> None:
+        """Represent ``low .. high`` (scalars)."""
+        grid = affine(low.reshape(1), high.reshape(1), self.bits, self.scheme, signed)
+        self.low, self.high = grid.low, grid.high
+        with torch.no_grad():
+            self.scale.copy_(grid.scale[0])
+            self.zero_point.copy_(grid.zero_point[0])
+        self.ready = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of any shape on the grid."""
+        if not self.enabled:
+            return x
+        if self._range is not None:
+            self._widen(x.detach(), self._range)
+        if not self.ready:
+            return x
+        keep = None
+        if self.drop:
+            keep = random_mask(x, self.drop, self.rng)
+        if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
+            y: Tensor = _LearnedStep.apply(x, self.scale, self.zero_point, self.low, self.high, keep)
+            return y
+        y = fake_quantize(x, self.scale, self.zero_point, self.low, self.high)
+        return y if keep is None else mix(x, y, keep)
+
+    def _widen(self, x: Tensor, span: Range) -> None:
+        rows = x.reshape(1, -1)
+        if self._ends is None:  # the first batch decides whether the grid is signed
+            self._signed = bool(rows.min() < 0)
+        low, high = (end[0] for end in span.of(rows, self.bits, self.scheme, self._signed))
+        if self._ends is not None:
+            low, high = torch.minimum(low, self._ends[0]), torch.maximum(high, self._ends[1])
+        self._ends = low, high
+        self.set_range(low, high, self._signed)
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Fake-quantization with the gradients of LSQ (Esser et al. 2020) without its gradient scale factor.
+
+    d/dx is 1 inside the grid and 0 outside; d/ds is q(x)/s - x/s inside and q(x)/s outside. Kept elements pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, keep: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]  # autograd's signature is untyped
+        y = fake_quantize(x, scale, zero_point, low, high)
+        ends = scale * (low - zero_point), scale * (high - zero_point)
+        ctx.save_for_backward(x, y, scale, *ends, keep)
+        return y if keep is None else mix(x, y, keep)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # as above
+        x, y, scale, low, high, keep = ctx.saved_tensors
+        kept = None if keep is None else grad * keep
+        rounded = grad if kept is None else grad - kept
+        inside = rounded * ((x >= low) & (x <= high))
+        by_scale = (torch.vdot(rounded.flatten(), y.flatten()) - torch.vdot(inside.flatten(), x.flatten())) / scale
+        return inside if kept is None else inside.add_(kept), by_scale, None, None, None, None
+
+
+def random_mask(x: Tensor, share: float, rng: torch.Generator | None) -> Tensor:
+    """Ones with probability ``share`` (to 1/256) and zeros, in the shape and type of ``x``, drawn on the CPU.
+
+    From eight random bytes at a time: ``bernoulli_`` draws one number an element, which takes longer than a layer.
+    """
+    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=rng)
+    below = words.view(torch.uint8)[: x.numel()] < round(share * 256)
+    return below.to(x.device).to(x.dtype).view(x.shape)
+
+
+def mix(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """``a`` where ``mask`` is 1 and ``b`` where it is 0: on CPUs much faster than ``torch.where``."""
+    return (a - b).mul_(mask).add_(b)
+
+
+def quantize_weight(layer: nn.Module, bits: int, scheme: Scheme, span: Range, rounding: Rounding) -> None:
+    """Make ``layer`` compute with its weight fake-quantized, in place."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    axis = 1 if getattr(layer, "transposed", False) else 0  # a transposed convolution stores (I, O, *kernel)
+    attach(layer, WeightQuantizer.fit(weight.detach(), bits, scheme, span, rounding, axis))
+
+
+def attach(layer: nn.Module, quantizer: WeightQuantizer) -> None:
+    """Make ``quantizer`` compute the weight of ``layer``, in place."""
+    layer.weight.requires_grad_(False)
+    parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+
+
+def weight_quantizer(layer: nn.Module) -> WeightQuantizer | None:
+    """The quantizer of ``layer``'s weight, if it has one."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    quantizer = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]  # a ModuleDict that is read by name
+    return quantizer if isinstance(quantizer, WeightQuantizer) else None
+
+
+def weight_quantizers(network: nn.Module) -> dict[str, tuple[nn.Module, WeightQuantizer]]:
+    """The layers whose weights are quantized, with their quantizers, by dotted name."""
+    found = ((name, layer, weight_quantizer(layer)) for name, layer in network.named_modules())
+    return {name: (layer, quantizer) for name, layer, quantizer in found if quantizer is not None}
+
+
+def activation_quantizers(network: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The activation quantizers by dotted name."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, ActivationQuantizer)}
+
+
+def float_weight(layer: nn.Module) -> Tensor:
+    """The weight of ``layer`` before quantization."""
+    if weight_quantizer(layer) is None:
+        weight = layer.weight
+    else:
+        weight = layer.parametrizations.weight.original  # type: ignore[union-attr]  # as above
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@contextlib.contextmanager
+def float_mode(network: nn.Module) -> Iterator[None]:
+    """A context in which every quantizer of ``network`` lets its value pass: the network computes as its teacher."""
+    quantizers = [m for m in network.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer) and m.enabled]
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enabled = True
+
+
+def freeze(network: nn.Module) -> None:
+    """Decide every weight's integers, in place; the float weights become what the integers stand for."""
+    for layer, quantizer in weight_quantizers(network).values():
+        if quantizer.codes is None:
+            original = float_weight(layer)
+            quantizer.freeze(original)
+            with torch.no_grad():
+                original.copy_(quantizer(original))

@@ -1,0 +1,164 @@
+"""ReconstructBlocks: fit one block of the student after the other to the teacher's."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from zsq.core import Job, Recipe, RecipeError, Source, check_counts
+from zsq.nets.graph import blocks, extract
+from zsq.quant.grid import LpError, Range
+from zsq.quant.quantizers import activation_quantizers, float_mode, mix, random_mask, weight_quantizers
+from zsq.quant.rounding import LearnedRounding
+
+__all__ = ["ReconstructBlocks", "annealed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructBlocks(Recipe):
+    """Learn the rounding, the weight scales and the activation scales of each block from the images.
+
+    For one block: mean over (N, H, W) of sum over C of (student - teacher)^2, plus ``round_weight`` times AdaRound's
+    regularizer. The block reads a mix of the teacher's input and of what the finished blocks before it make of it,
+    and its activations stay float with probability ``drop`` (QDrop, Wei et al. 2022).
+    """
+
+    range: Range = LpError()
+    """How activation ranges start, on the first batch that reaches a block."""
+    samples: int = 1024
+    """Images to fit to, at most."""
+    steps: int = 20_000
+    """Steps a block."""
+    batch_size: int = 32
+    lr_rounding: float = 1e-3
+    """Adam learning rate of the rounding variables."""
+    lr_weight_scale: float = 1e-4
+    lr_activation_scale: float = 4e-5
+    """Adam learning rates of the scales, annealed to 0 along a cosine."""
+    drop: float = 0.5
+    """Probability with which an element of an activation stays float while fitting."""
+    round_weight: float = 1.0
+    warm_up: float = 0.2
+    """Share of the steps before the regularizer sets in."""
+    beta: tuple[float, float] = (20.0, 2.0)
+    """Its exponent after the warm-up and at the end."""
+
+    trains: ClassVar[bool] = True
+    reads_images: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_counts(self, "samples", "steps", "batch_size")
+        if not 0 <= self.drop < 1 or not 0 <= self.warm_up < 1:
+            raise RecipeError(f"drop and warm_up must lie in [0, 1), got {self.drop} and {self.warm_up}")
+
+    def apply(self, job: Job, source: Source) -> None:
+        """Change ``job.student`` in place; every block is a piece of work of its own."""
+        graph = job.student
+        exact = quantized = source.take(self.samples).images
+        for index, block in enumerate(blocks(graph)):
+            part = extract(graph, block)
+            with float_mode(part):
+                target = _in_batches(part, exact)
+            fit = partial(self._fit, part, exact, quantized, target, job, block.name)
+            _install(part, job.run.cached(f"reconstruct/{index}", fit))
+            exact, quantized = target, _in_batches(part, quantized)
+
+    def _fit(
+        self, part: fx.GraphModule, exact: Tensor, quantized: Tensor, target: Tensor, job: Job, name: str
+    ) -> dict[str, Tensor]:
+        """Learn one block on inputs ``exact`` and ``quantized`` (N, ...); returns its state."""
+        weights = [quantizer for _, quantizer in weight_quantizers(part).values()]
+        rounding = [quantizer.rounding for quantizer in weights if isinstance(quantizer.rounding, LearnedRounding)]
+        activations = list(activation_quantizers(part).values())
+        rng = job.run.generator("drop")
+        for quantizer in activations:
+            quantizer.drop, quantizer.rng = self.drop, rng
+            quantizer.observe(self.range)
+        with torch.no_grad():
+            part(quantized[: self.batch_size])
+        for quantizer in activations:
+            quantizer.observe(None)
+        learned = [
+            {"params": [q.scale.requires_grad_() for q in weights], "lr": self.lr_weight_scale},
+            {"params": [q.scale.requires_grad_() for q in activations], "lr": self.lr_activation_scale},
+        ]
+        if not weights and not activations:
+            return _state(part)
+        scales = Adam([group for group in learned if group["params"]])
+        anneal = CosineAnnealingLR(scales, self.steps)
+        logits = Adam([r.logits for r in rounding], lr=self.lr_rounding) if rounding else None
+        loss = target.new_zeros(())
+        for step in job.run.progress(self.steps, f"reconstruct {name}"):
+            chosen = torch.randint(len(exact), (min(self.batch_size, len(exact)),), generator=rng).to(exact.device)
+            inputs = exact[chosen]
+            if self.drop:
+                inputs = mix(inputs, quantized[chosen], random_mask(inputs, self.drop, rng))
+            loss = _squared_error(part(inputs), target[chosen])
+            beta = annealed(step, self.steps, self.warm_up, self.beta)
+            if beta is not None:
+                for each in rounding:
+                    loss = loss + self.round_weight * each.undecided(beta)
+            scales.zero_grad()
+            if logits:
+                logits.zero_grad()
+            loss.backward()
+            scales.step()
+            if logits:
+                logits.step()
+            anneal.step()
+            with torch.no_grad():  # a scale that reaches zero would never come back
+                for quantizer in (*weights, *activations):
+                    quantizer.scale.clamp_(min=1e-12)
+        job.run.log(f"reconstruct {name}", self.steps, loss=loss.item())
+        return _state(part)
+
+
+def annealed(step: int, steps: int, warm_up: float, beta: tuple[float, float]) -> float | None:
+    """AdaRound's exponent at ``step``: None before the warm-up ends, then linear from ``beta[0]`` to ``beta[1]``.
+
+    >>> annealed(4000, 20000, 0.2, (20.0, 2.0)), annealed(12000, 20000, 0.2, (20.0, 2.0))
+    (20.0, 11.0)
+    """
+    begin = warm_up * steps
+    if step < begin:
+        return None
+    return beta[0] + (beta[1] - beta[0]) * (step - begin) / (steps - begin)
+
+
+def _squared_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over images and positions of the sum over channels; tokens (N, T, D) have their channels last."""
+    squares = (found - wanted).square()
+    channels = squares.shape[-1] if squares.dim() == 3 else squares.shape[1]
+    return squares.sum() / math.prod(squares.shape) * channels
+
+
+def _in_batches(part: nn.Module, images: Tensor, size: int = 64) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([part(images[first : first + size]) for first in range(0, len(images), size)])
+
+
+def _state(part: nn.Module) -> dict[str, Tensor]:
+    """What was learned and observed: the scales, zero points and rounding variables, and the ends of the grids."""
+    learned = ("scale", "zero_point", "logits")
+    state = {name: value.detach().clone() for name, value in part.state_dict().items() if name.endswith(learned)}
+    for name, quantizer in activation_quantizers(part).items():
+        state[f"{name}.low"] = torch.tensor(quantizer.low)
+    return state
+
+
+def _install(part: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give ``part`` what was learned, and end the learning: rounding hard, nothing dropped."""
+    for name, quantizer in activation_quantizers(part).items():
+        low = int(state[f"{name}.low"])
+        quantizer.low, quantizer.high = low, low + 2**quantizer.bits - 1
+        quantizer.drop, quantizer.rng, quantizer.ready = 0.0, None, True
+    part.load_state_dict({name: value for name, value in state.items() if not name.endswith(".low")}, strict=False)
+    for _, quantizer in weight_quantizers(part).values():
+        if isinstance(quantizer.rounding, LearnedRounding):
+            quantizer.rounding.hard = True
+    part.requires_grad_(False)
