@@ -1,6 +1,7 @@
 """Zero-shot quantization: a pretrained vision network and no data in, a low-bit network out.
 
-Names are loaded when they are first used, so that ``import zsq`` costs nothing.
+Names are loaded when they are first used, so that ``import zsq`` costs nothing. Accuracy on real images stays in a
+module of its own: ``from zsq.evaluate import evaluate``.
 """
 
 from importlib import import_module
@@ -11,7 +12,7 @@ from zsq.version import __version__
 if TYPE_CHECKING:
     from zsq.api import Result, load, quantize, resolve, synthesize
     from zsq.core import Bits, Method, Paper, Recipe, ZsqError, diff, show
-    from zsq.evaluate import Accuracy, evaluate, read_images
+    from zsq.evaluate import Accuracy, Images, read_images
     from zsq.methods import BASELINES, METHODS
     from zsq.nets.load import Network, load_network
 
@@ -20,6 +21,7 @@ __all__ = [
     "METHODS",
     "Accuracy",
     "Bits",
+    "Images",
     "Method",
     "Network",
     "Paper",
@@ -28,7 +30,6 @@ __all__ = [
     "ZsqError",
     "__version__",
     "diff",
-    "evaluate",
     "load",
     "load_network",
     "quantize",
@@ -41,7 +42,7 @@ __all__ = [
 _HOMES = {
     "zsq.api": ("Result", "load", "quantize", "resolve", "synthesize"),
     "zsq.core": ("Bits", "Method", "Paper", "Recipe", "ZsqError", "diff", "show"),
-    "zsq.evaluate": ("Accuracy", "evaluate", "read_images"),
+    "zsq.evaluate": ("Accuracy", "Images", "read_images"),
     "zsq.methods": ("BASELINES", "METHODS"),
     "zsq.nets.load": ("Network", "load_network"),
 }

@@ -31,7 +31,7 @@ from zsq.core import (
     show,
     smoke,
 )
-from zsq.evaluate import Accuracy, Images, evaluate, read_images
+from zsq.evaluate import Accuracy, Images, check_images, evaluate, read_images
 from zsq.methods import BASELINES, METHODS
 from zsq.nets.graph import capture
 from zsq.nets.load import Network, load_network
@@ -41,7 +41,7 @@ from zsq.quant.quantizers import freeze
 from zsq.store import load_student, save_student
 from zsq.version import __version__
 
-__all__ = ["Effort", "Result", "find_method", "load", "quantize", "resolve", "synthesize"]
+__all__ = ["Effort", "Result", "find_method", "load", "protocol_of", "quantize", "resolve", "synthesize", "to_pixels"]
 
 Effort = Literal["smoke", "fast", "paper"]
 
@@ -119,10 +119,10 @@ def quantize(
     made = source.take(None) if _reads_images(recipe) else None
     saved = save_student(student, {"teacher": digest, "method": recipe.name, "bits": str(bits)})
     metrics: dict[str, Any] = {
-        "model": network.name,
+        "model": _origin(model, network),
         "method": recipe.name,
         "bits": str(bits),
-        "protocol": _protocol(recipe).name,
+        "protocol": protocol_of(recipe).name,
         "effort": effort,
         "preset": preset,
         "seed": seed,
@@ -306,6 +306,14 @@ def _network(model: str | nn.Module | Network, **settings: Any) -> Network:
     return model if isinstance(model, Network) else load_network(model, **settings)
 
 
+def _origin(model: str | nn.Module | Network, network: Network) -> str:
+    """What names the network from any folder, or only its own name for a module in memory."""
+    if not isinstance(model, str):
+        return network.name
+    place, _, factory = model.rpartition(":")
+    return f"{Path(place).resolve()}:{factory}" if place.endswith(".py") else model
+
+
 def _check(recipe: Method, teacher: Teacher) -> None:
     try:
         recipe.check(teacher)
@@ -315,9 +323,10 @@ def _check(recipe: Method, teacher: Teacher) -> None:
 
 
 def _images(data: str | Path | Images | None, network: Network) -> Images | None:
-    if data is None or isinstance(data, Images):
-        return data
-    images = read_images(data, network.input_shape)
+    if data is None:
+        return None
+    images = data if isinstance(data, Images) else read_images(data, network.input_shape)
+    check_images(images, network.classes)
     return images
 
 
@@ -325,7 +334,8 @@ def _reads_images(recipe: Method) -> bool:
     return any(getattr(step, "reads_images", False) for step in recipe.quantizer)
 
 
-def _protocol(recipe: Method) -> QuantizationProtocol:
+def protocol_of(recipe: Method) -> QuantizationProtocol:
+    """Where the quantizers of ``recipe`` sit."""
     return next(step.protocol for step in recipe.quantizer if isinstance(step, InsertFakeQuant))
 
 

@@ -21,7 +21,7 @@ from zsq.core.errors import DataError, MissingExtra
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Accuracy", "Images", "evaluate", "read_images", "training_digits"]
+__all__ = ["Accuracy", "Images", "check_images", "evaluate", "read_images", "training_digits"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, SyntaxError, NotImplementedError, RuntimeError)
@@ -127,7 +127,8 @@ def evaluate(
         for batch, targets in images.batches(mean, std, batch_size):
             x, labels = batch.to(device), targets.to(device)
             logits = student(x)
-            _check_classes(images, logits)
+            _check_logits(logits)
+            check_images(images, logits.shape[1])
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (n, 5)
             right += int((best[:, 0] == labels).sum())
             near += int((best == labels[:, None]).sum())
@@ -139,16 +140,23 @@ def evaluate(
     return Accuracy(right * share, near * share, done, None if judge is None else agreed * share)
 
 
-def _check_classes(images: Images, logits: Any) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"the network returns {found}, accuracy needs logits (N, K)")
-    outputs = logits.shape[1]
+def check_images(images: Images, outputs: int) -> None:
+    """Returns if the classes of ``images`` can be those of a network with ``outputs`` logits.
+
+    Raises:
+        DataError: if they are more or fewer, or a label is too large.
+    """
     if images.classes and len(images.classes) != outputs:
         few = ", ".join(images.classes[:3])
         raise DataError(f"the images have {len(images.classes)} classes ({few}, ...), the network has {outputs}")
     if int(images.labels.max()) >= outputs:
         raise DataError(f"a label is {int(images.labels.max())}, the network has {outputs} classes (0..{outputs - 1})")
+
+
+def _check_logits(logits: Any) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"the network returns {found}, accuracy needs logits (N, K)")
 
 
 @contextlib.contextmanager

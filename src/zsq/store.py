@@ -21,6 +21,7 @@ from zsq.quant.quantizers import (
     WeightQuantizer,
     activation_quantizers,
     attach,
+    float_weight,
     weight_quantizers,
 )
 from zsq.quant.rounding import Nearest
@@ -129,7 +130,7 @@ def _rebuild(student: fx.GraphModule, plan: dict[str, Any], tensors: dict[str, T
         layer = student.get_submodule(name)
         attach(layer, quantizer)
         with torch.no_grad():
-            layer.parametrizations.weight.original.copy_(layer.weight)  # type: ignore[union-attr]  # see quantizers
+            float_weight(layer).copy_(quantizer(codes))
     left = student.load_state_dict(tensors, strict=False)
     missing = [name for name in left.missing_keys if ".parametrizations.weight." not in name]
     if missing or left.unexpected_keys:

@@ -52,7 +52,7 @@ class Run:
         """``folder`` None keeps nothing; ``save_every`` is in seconds of a ``steps`` loop.
 
         Raises:
-            RunError: if the device is not there, or the folder cannot be written.
+            RunError: if the device is not there, the folder cannot be written, or its checkpoint is none of a run.
         """
         self.seed = seed
         self.device = resolve_device(device)
@@ -67,8 +67,7 @@ class Run:
         if self.folder is not None:
             _writable(self.folder)
             if self._checkpoint.exists():
-                state = torch.load(self._checkpoint, weights_only=True)
-                self._saved, self._done = state["tracked"], state["done"]
+                self._saved, self._done = _resumed(self._checkpoint)
 
     # --- identity -----------------------------------------------------------------------------------------------
 
@@ -93,7 +92,7 @@ class Run:
                     "choose another folder or remove this one"
                 )
             return
-        strangers = [p.name for p in self.folder.iterdir()]
+        strangers = [p.name for p in self.folder.iterdir() if p.suffix != ".partial"]  # left by a killed first write
         if strangers:
             raise RunError(f"{self.folder} is not a run folder and not empty (it holds {', '.join(strangers[:3])})")
         save_atomically(path, json.dumps(dict(identity), indent=1).encode())
@@ -120,7 +119,13 @@ class Run:
     # --- resumable work -----------------------------------------------------------------------------------------
 
     def track(self, name: str, thing: T) -> T:
-        """``thing`` (a module, optimizer, scheduler or generator), saved in each checkpoint and restored from one."""
+        """``thing`` (a module, optimizer, scheduler or generator), saved in each checkpoint and restored from one.
+
+        Raises:
+            RunError: if something else is tracked under this name: only one of the two could be restored.
+        """
+        if name in self._tracked:
+            raise RunError(f"two things are tracked as {name!r}: give each a name of its own")
         if name in self._saved:
             _restore(thing, self._saved.pop(name))
         self._tracked[name] = thing
@@ -236,6 +241,15 @@ def _save_tensors(path: Path, value: Any) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     save_atomically(path, buffer.getvalue())
+
+
+def _resumed(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """What was tracked, and the steps done by label."""
+    try:
+        state = torch.load(path, weights_only=True)
+        return state["tracked"], state["done"]
+    except Exception as error:  # a strange pickle can raise anything
+        raise RunError(f"{path} is no checkpoint of a run: choose another folder, or remove it") from error
 
 
 @contextlib.contextmanager

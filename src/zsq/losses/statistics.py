@@ -47,7 +47,8 @@ class BNStatistics(Loss):
         terms = [self._layer(layer) for layer in view.bn]
         terms[0] = self.first_layer * terms[0]
         total = torch.stack(terms)
-        return torch.sum(total) if self.layers == "sum" else torch.mean(total)
+        reduced: Tensor = total.sum() if self.layers == "sum" else total.mean()
+        return reduced
 
     def _layer(self, layer: BNInput) -> Tensor:
         mean, var = moments(layer.x, self.over, self.unbiased)
@@ -62,7 +63,8 @@ class BNStatistics(Loss):
         if self.margin:
             gap = (gap.abs() - self.margin).clamp(min=0)
         if self.channels == "norm":
-            return torch.linalg.vector_norm(gap, dim=1).mean()
+            norm: Tensor = torch.linalg.vector_norm(gap, dim=1)
+            return norm.mean()
         squares = gap.square()
         return squares.sum(1).mean() if self.channels == "sum" else squares.mean()
 
@@ -81,7 +83,8 @@ class ImageStatistics(Loss):
         """The distance, a scalar."""
         mean, var = moments(view.images, "image")
         spread = (var + self.eps).sqrt() - (1 + self.eps) ** 0.5
-        return (mean.square() + spread.square()).sum(1).mean()
+        distance: Tensor = mean.square() + spread.square()
+        return distance.sum(1).mean()
 
 
 def moments(x: Tensor, over: Literal["image", "batch"], unbiased: bool = True) -> tuple[Tensor, Tensor]:
@@ -90,7 +93,7 @@ def moments(x: Tensor, over: Literal["image", "batch"], unbiased: bool = True) -
     A map of one pixel has no variance of its own: there the statistics of the batch stand in for the image's.
     """
     each = over == "image" and x[0, 0].numel() > 1
-    mean, var = _Moments.apply(x, each, unbiased)
+    mean, var = _Moments.apply(x, each, unbiased)  # type: ignore[no-untyped-call]  # autograd's functions are
     return mean, var
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zsq.core import Job, Method, Paper, Recipe, RecipeError
 from zsq.losses import BNStatistics, ImageStatistics
@@ -47,14 +46,22 @@ class SwingConvolutions(Recipe):
 def swing(x: Tensor, shift: int, rng: torch.Generator) -> Tensor:
     """``x`` (N, C, H, W) moved by up to ``shift`` pixels each way, all images alike; the border is reflected.
 
-    A map with a side of ``shift`` pixels or fewer has nothing to reflect and stays.
+    A side of ``shift`` pixels or fewer has nothing to reflect and stays.
     """
-    height, width = x.shape[2:]
-    down, right = torch.randint(2 * shift + 1, (2,), generator=rng).tolist()
-    if shift == 0 or min(height, width) <= shift:
+    for dim, offset in zip((2, 3), torch.randint(-shift, shift + 1, (2,), generator=rng).tolist(), strict=True):
+        x = _reflected(x, dim, offset) if x.shape[dim] > shift else x
+    return x
+
+
+def _reflected(x: Tensor, dim: int, offset: int) -> Tensor:
+    """``x`` read from ``offset`` pixels further along ``dim``: two slices, much cheaper than padding and cropping."""
+    size = x.shape[dim]
+    if offset == 0:
         return x
-    padded = F.pad(x, [shift] * 4, mode="reflect")
-    return padded[:, :, down : down + height, right : right + width]
+    kept = x.narrow(dim, max(offset, 0), size - abs(offset))
+    if offset > 0:
+        return torch.cat([kept, x.narrow(dim, size - 1 - offset, offset).flip(dim)], dim)
+    return torch.cat([x.narrow(dim, 1, -offset).flip(dim), kept], dim)
 
 
 GENIE = Method(

@@ -61,7 +61,7 @@ def flip(error: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     total = error.sum(-1, keepdim=True)
     gain = torch.where(free & (error * total.sign() > 0), error.abs(), -1.0)
     count = total.abs().round()
-    order = gain.argsort(-1, descending=True, stable=True)
+    order = gain.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order).to(order.device))
     chosen = (rank < count) & (gain > 0)
     spare = rank == torch.where(count >= total.abs(), count - 1, count)
@@ -85,11 +85,15 @@ class PositiveSigma(Range):
 
     def of(self, rows: Tensor, bits: int, scheme: Scheme, signed: bool) -> tuple[Tensor, Tensor]:
         """The interval; below 6 bits it ends at the largest value seen."""
-        reach = [self.sigmas * (row / 1.25 if signed else row[row > 0]).std() for row in rows]
-        high = torch.stack(reach).nan_to_num(0.0)  # no spread at all: fewer than two positive entries
+        spread = [_deviation(row / 1.25 if signed else row[row > 0]) for row in rows]
+        high = self.sigmas * torch.stack(spread)
         if bits < 6:
             high = torch.minimum(high, rows.abs().amax(1))
         return (-high if signed else torch.zeros_like(high)), high
+
+
+def _deviation(x: Tensor) -> Tensor:
+    return x.std() if len(x) > 1 else x.new_zeros(())
 
 
 SQUANT = Method(

@@ -1,7 +1,7 @@
 """Blocks: the units that reconstruction fits one after the other, found from the modules a network is written in."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -96,7 +96,10 @@ def extract(graph: fx.GraphModule, block: Block | str) -> fx.GraphModule:
         if node in wanted and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(copies[here.exit])
-    return fx.GraphModule(graph, part, class_name="Block")
+    module = fx.GraphModule(graph, part, class_name="Block")
+    called = {node.target for node in part.nodes}
+    module.meta["untraced"] = {name: why for name, why in graph.meta["untraced"].items() if name in called}
+    return module
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:
@@ -122,7 +125,7 @@ def mark_blocks(graph: fx.GraphModule, network: nn.Module) -> None:
     cut, weights = _cuts(body), [layers_in(graph, node) for node in body]
     spans = {
         (span.first, span.last): span  # of modules that hold exactly the same nodes, the innermost
-        for span in sorted(_module_spans(body), key=lambda span: len(span.name))
+        for span in sorted(_module_spans(body, graph.meta["untraced"]), key=lambda span: len(span.name))
         if type(network.get_submodule(span.name)) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
         and (span.first == 0 or cut[span.first - 1])
         and cut[span.last]
@@ -157,10 +160,10 @@ def _cuts(body: list[fx.Node]) -> list[bool]:
     return [live == 1 for live in itertools.accumulate(changes)][: len(body)]
 
 
-def _module_spans(body: list[fx.Node]) -> Iterator[_Span]:
+def _module_spans(body: list[fx.Node], untraced: Container[str]) -> Iterator[_Span]:
+    paths = [str(node.target if node.target in untraced else node.meta["module_path"]) for node in body]
     running: dict[str, int] = {}
-    for index in range(len(body) + 1):
-        path = body[index].meta.get("module_path", "") if index < len(body) else ""
+    for index, path in enumerate([*paths, ""]):
         inside = set(itertools.accumulate(path.split("."), "{}.{}".format)) - {""}
         for name in [name for name in running if name not in inside]:
             yield _Span(name, running.pop(name), index - 1)

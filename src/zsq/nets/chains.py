@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from zsq.nets.folding import output_first, readers, store, why_fixed
+from zsq.nets.folding import count_readers, output_first, store, why_fixed
 from zsq.nets.graph import layers, module_of, preserves_value
-from zsq.nets.tracing import LAYERS, Layer
+from zsq.nets.tracing import LAYERS, Layer, asks_size
 
 __all__ = ["Chain", "ChannelClip", "Link", "equalizable_chains", "make_equivariant", "scale_channels"]
 
@@ -67,7 +67,7 @@ def equalizable_chains(graph: fx.GraphModule) -> list[Chain]:
     after global pooling, with one reader each. A grouped convolution that is not depthwise may open a chain, and does
     not continue one.
     """
-    counts = readers(graph)
+    counts = count_readers(graph)
     free = [node for node in layers(graph) if why_fixed(node, counts) is None]
     links = {
         link.first: link for node in free if (link := _link(node)) and link.second in {str(n.target) for n in free}
@@ -141,8 +141,8 @@ def _link(node: fx.Node) -> Link | None:
     linear = isinstance(module_of(node), nn.Linear)
     between: list[str] = []
     clip, value = None, node
-    while len(value.users) == 1:
-        (reader,) = value.users
+    while len(readers := [user for user in value.users if not asks_size(user)]) == 1:
+        (reader,) = readers
         layer = module_of(reader)
         if isinstance(layer, LAYERS):
             groups = getattr(layer, "groups", 1)

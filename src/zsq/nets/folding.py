@@ -15,7 +15,7 @@ from zsq.core.errors import UnsupportedModel
 from zsq.nets.graph import consumers, module_of, producer
 from zsq.nets.tracing import LAYERS, Layer
 
-__all__ = ["Moments", "fold_batchnorm", "fold_batchnorms", "output_first", "readers", "store", "why_fixed"]
+__all__ = ["Moments", "count_readers", "fold_batchnorm", "fold_batchnorms", "output_first", "store", "why_fixed"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def fold_batchnorms(graph: fx.GraphModule) -> dict[str, Moments]:
     """
     moments: dict[str, Moments] = {}
     unfolded: dict[str, str] = {}
-    counts = readers(graph)
+    counts = count_readers(graph)
     for node in list(graph.graph.nodes):
         bn = module_of(node)
         if not isinstance(bn, _BatchNorm):
@@ -100,7 +100,7 @@ def _obstacle(node: fx.Node, source: fx.Node, counts: Counter[int]) -> str | Non
     return why_fixed(source, counts)
 
 
-def readers(graph: fx.GraphModule) -> Counter[int]:
+def count_readers(graph: fx.GraphModule) -> Counter[int]:
     """How many nodes read each parameter and each module, by ``id``."""
     counts: Counter[int] = Counter()
     for node in graph.graph.nodes:

@@ -6,18 +6,18 @@
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-__all__ = ["LAYERS", "LAYER_FUNCTIONS", "Layer", "LayerTracer", "Untraceable", "functionalize", "is_layer", "prepare"]
+__all__ = ["LAYERS", "LAYER_FUNCTIONS", "Layer", "LayerTracer", "Untraceable", "asks_size", "is_layer", "prepare"]
 
 Layer: TypeAlias = _ConvNd | nn.Linear
 LAYERS = (_ConvNd, nn.Linear)
@@ -33,7 +33,7 @@ _COMPOSITES = (
     *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
 )
 # What a tensor tells without its values being looked at: attributes, and methods.
-_FACTS = frozenset({"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"})
+_FACTS = frozenset({"shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_nested", "is_sparse", "requires_grad"})
 _QUESTIONS = frozenset({"size", "dim", "ndimension", "numel", "stride", "is_floating_point", "is_contiguous"})
 
 
@@ -60,8 +60,12 @@ def prepare(network: nn.Module) -> nn.Module:
         if hasattr(module, "fused_attn"):  # timm's switch between one fused kernel and separate products
             module.fused_attn = False  # type: ignore[assignment]
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            # Not by torch's own removal, which takes it out of the class, and so out of the original too.
+            values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+            module.__class__ = type(module).__bases__[0]
+            del module.parametrizations
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
         if isinstance(module, _BatchNorm) and _after_norm(module):
             # timm's BN with an activation inside: from here on a plain BN, after which the tracer calls the activation.
             module.__class__ = next(c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules."))
@@ -131,6 +135,17 @@ class _Value(fx.Proxy):
     def __len__(self) -> int:
         return self.tracer.length(self.node)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # From here on the variable that holds this proxy stands for the changed tensor.
+        self.node = self.tracer.create_proxy("call_function", assigned, (self, index, value), {}).node
+
+
+def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
+    """What ``x`` is after ``x[index] = value``, as a tensor of its own."""
+    out = x.clone()
+    out[index] = value
+    return out
+
 
 class LayerTracer(fx.Tracer):
     """Traces a prepared network of one argument; every other argument of its ``forward`` keeps its default.
@@ -150,10 +165,15 @@ class LayerTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root``; raises ``Untraceable`` with the module to blame."""
+        # Libraries tell torch.fx not to look into some functions, which may hold products and weights.
+        opaque, kept = _symbolic_trace._wrapped_fns_to_patch, dict(_symbolic_trace._wrapped_fns_to_patch)
+        opaque.clear()
         try:
             return super().trace(root, concrete_args)
         except Exception as error:
             raise Untraceable(*(self.failure or ("", _reason(error)))) from error
+        finally:
+            opaque.update(kept)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Layers, and what turned out to be untraceable."""
@@ -194,21 +214,28 @@ class LayerTracer(fx.Tracer):
         """A node that knows its module."""
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         stack = ["", *(path for path, _ in self.module_stack.values())]
-        node.meta["module_path"] = stack[-2] if kind == "call_module" else stack[-1]
+        node.meta["module_path"] = stack[-2] if kind == "call_module" and stack[-1] == target else stack[-1]
         return node
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        """Takes fused attention apart, and refuses functions that would hide the weights of a layer."""
+        """Takes fused attention apart, and calls the linears whose weights a function was given."""
         if target is F.scaled_dot_product_attention and not kwargs.get("enable_gqa"):
             return _attention(*args, **{name: value for name, value in kwargs.items() if name != "enable_gqa"})[0]
-        if kind == "call_function" and _is_opaque(target):
-            read = [a.node for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy) and a.node.op == "get_attr"]
-            names = [
-                str(node.target) for node in read if isinstance(self._owner(node), (*LAYERS, nn.MultiheadAttention))
-            ]
-            if names:
-                raise TraceError(f"{target.__name__} is opaque to tracing and takes {', '.join(names)}")
+        if target is F.multi_head_attention_forward:
+            raise TraceError("attention with a mask, or with a key other than its query, is one piece in torch")
+        if target is F.linear and (layer := self._layer_behind(*args, **kwargs)) is not None:
+            return super().create_proxy("call_module", layer, args[:1] or (kwargs["input"],), {})
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+
+    def _layer_behind(self, input: Any, weight: Any, bias: Any = None) -> str | None:
+        """The linear whose own ``weight`` and ``bias`` these are."""
+        names = [
+            str(p.node.target) if isinstance(p, fx.Proxy) and p.node.op == "get_attr" else "" for p in (weight, bias)
+        ]
+        owner = names[0].rpartition(".")[0]
+        layer = self.root.get_submodule(owner)
+        whole = names[0] == f"{owner}.weight" and names[1] == ("" if bias is None else f"{owner}.bias")
+        return owner if type(layer) is nn.Linear and whole and (layer.bias is None) == (bias is None) else None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """The side that a condition takes."""
@@ -234,9 +261,6 @@ class LayerTracer(fx.Tracer):
         if answers[0] != answers[1]:
             raise TraceError("control flow that depends on the number of images")
         return answers[0]
-
-    def _owner(self, node: fx.Node) -> nn.Module:
-        return self.root.get_submodule(str(node.target).rpartition(".")[0])
 
     def _run(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         """The value of ``node`` in one run, whose values so far are in ``known``."""
@@ -266,19 +290,17 @@ def _perform(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
     return found(*args, **kwargs) if node.op == "call_module" else found
 
 
+def asks_size(node: fx.Node) -> bool:
+    """Whether ``node`` asks a tensor for its size, type or place, and does not read its values."""
+    if node.op == "call_function":
+        return node.target is getattr and node.args[1] in _FACTS
+    return node.op == "call_method" and node.target in _QUESTIONS
+
+
 def _factual(node: fx.Node) -> bool:
     """Whether the value of ``node`` follows from sizes and types alone."""
-    if node.op == "call_function" and node.target is getattr and node.args[1] in _FACTS:
-        return True
-    if node.op == "call_method" and node.target in _QUESTIONS:
-        return True
-    return node.op in ("call_function", "call_method") and all(_factual(each) for each in node.all_input_nodes)
-
-
-def _is_opaque(target: Any) -> bool:
-    """Whether ``target`` is a Python function that tracing was told not to look into; others do not reach a graph."""
-    wrapped = isinstance(target, FunctionType) and not target.__module__.startswith("torch.")
-    return wrapped or target is F.multi_head_attention_forward
+    computed = node.op in ("call_function", "call_method")
+    return asks_size(node) or (computed and all(_factual(each) for each in node.all_input_nodes))
 
 
 def _opened(layer: nn.MultiheadAttention, args: Any, kwargs: Any) -> Callable[..., Any] | None:
@@ -296,43 +318,3 @@ def _opened(layer: nn.MultiheadAttention, args: Any, kwargs: Any) -> Callable[..
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
-def functionalize(graph: fx.Graph, network: nn.Module) -> None:
-    """Makes in-place operations return new tensors, so that the value at a block's border stays what was recorded.
-
-    Later readers of an overwritten tensor read the result instead. Writing through a view of it is not seen.
-    """
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    for node in [node for node in graph.nodes if _writes(node, network)]:
-        here = position[node]
-        node.all_input_nodes[0].replace_all_uses_with(node, lambda user, here=here: position[user] > here)
-        if node.op == "call_module":
-            network.get_submodule(str(node.target)).inplace = False  # type: ignore[assignment]
-        elif node.op == "call_method":
-            node.target = str(node.target)[:-1]
-        elif (call := _inplace_call(node)) is not None:
-            call.arguments["inplace"] = False
-            node.args, node.kwargs = call.args, call.kwargs
-        else:
-            name = node.target.__name__[:-1]
-            node.target = getattr(torch, name, None) or getattr(F, name)
-
-
-def _writes(node: fx.Node, network: nn.Module) -> bool:
-    if node.op == "call_module":
-        return getattr(network.get_submodule(str(node.target)), "inplace", False) is True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    named = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
-    return named or _inplace_call(node) is not None
-
-
-def _inplace_call(node: fx.Node) -> inspect.BoundArguments | None:
-    """The arguments of a function that has an ``inplace`` switch, if it is on."""
-    if node.op != "call_function" or not isinstance(node.target, FunctionType):
-        return None
-    signature = inspect.signature(node.target)
-    if "inplace" not in signature.parameters:
-        return None
-    call = signature.bind(*node.args, **node.kwargs)
-    return call if call.arguments.get("inplace") is True else None

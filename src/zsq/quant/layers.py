@@ -10,7 +10,7 @@ from zsq.core import FLOAT, Job, Recipe, RecipeError, Source, check_counts
 from zsq.nets.folding import fold_batchnorms
 from zsq.nets.graph import hidden_layers, layers
 from zsq.quant.grid import MinMax, Range
-from zsq.quant.placement import MINMAX_PTQ, Edge, QuantizationProtocol
+from zsq.quant.placement import MINMAX_PTQ, Edge, QuantizationProtocol, seen_through
 from zsq.quant.quantizers import ActivationQuantizer, activation_quantizers, quantize_weight
 from zsq.quant.rounding import Nearest, Rounding
 
@@ -21,6 +21,7 @@ __all__ = [
     "edge_of",
     "fold",
     "insert_activation_quantizer",
+    "layers_in_order",
     "quantize_input",
 ]
 
@@ -52,29 +53,31 @@ class InsertFakeQuant(Recipe):
         graph, protocol = job.student, self.protocol
         if protocol.fold:
             fold(graph)
-        nodes = layers(graph)
         edges = protocol.placement.edges(graph)
-        named = {str(node.target): graph.get_submodule(str(node.target)) for node in nodes}
-        hidden = hidden_layers(graph)
-        for position, (_, layer) in enumerate({**named, **hidden}.items()):
-            bits = protocol.ends.weights(position, len(named) + len(hidden), job.bits.weights)
+        every, hidden = layers_in_order(graph), hidden_layers(graph)
+        for position, layer in enumerate(every.values()):
+            bits = protocol.ends.weights(position, len(every), job.bits.weights)
             if bits != FLOAT:
                 quantize_weight(layer, bits, protocol.weights, self.range, self.rounding)
         for edge in edges:
-            bits = self._edge_bits(edge, nodes, job.bits.activations)
+            bits = self._edge_bits(edge, list(every), job.bits.activations)
             if bits != FLOAT:
                 insert_activation_quantizer(graph, edge, ActivationQuantizer(bits, protocol.activations))
-        if job.bits.activations != FLOAT:
-            for layer in hidden.values():
-                quantize_input(layer, ActivationQuantizer(job.bits.activations, protocol.activations))
+        for name, layer in hidden.items():
+            bits = self._input_bits([name], list(every), job.bits.activations)
+            if bits != FLOAT:
+                quantize_input(layer, ActivationQuantizer(bits, protocol.activations))
         graph.recompile()
 
-    def _edge_bits(self, edge: Edge, nodes: list[fx.Node], bits: int) -> int:
-        """The widest that a layer among the readers asks for: a shared tensor is stored once."""
+    def _edge_bits(self, edge: Edge, every: list[str], bits: int) -> int:
+        reading = [end for reader in edge.readers for end in seen_through(reader)]
+        return self._input_bits([str(end.target) for end in reading if str(end.target) in every], every, bits)
+
+    def _input_bits(self, reading: list[str], every: list[str], bits: int) -> int:
+        """The widest that a layer among those ``reading`` asks for: a shared tensor is stored once."""
         if bits == FLOAT:
             return FLOAT
-        ends = self.protocol.ends
-        asked = [ends.inputs(nodes.index(node), len(nodes), bits) for node in edge.readers if node in nodes]
+        asked = [self.protocol.ends.inputs(every.index(name), len(every), bits) for name in reading]
         return max(asked, default=bits)
 
 
@@ -114,6 +117,18 @@ def fold(graph: fx.GraphModule) -> None:
     if "moments" not in graph.meta:
         graph.meta["moments"] = fold_batchnorms(graph)
         graph.meta.setdefault("edits", []).append(["fold"])
+
+
+def layers_in_order(graph: fx.GraphModule) -> dict[str, nn.Module]:
+    """Every layer by dotted name in the order in which they run, those of an untraced module as it registers them."""
+    found: dict[str, nn.Module] = {}
+    hidden, visible = hidden_layers(graph), layers(graph)
+    for node in graph.graph.nodes:
+        if node in visible:
+            found[str(node.target)] = graph.get_submodule(str(node.target))
+        elif node.op == "call_module":
+            found.update({name: layer for name, layer in hidden.items() if name.startswith(f"{node.target}.")})
+    return found
 
 
 def insert_activation_quantizer(graph: fx.GraphModule, edge: Edge, quantizer: ActivationQuantizer) -> None:

@@ -9,10 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from zsq.core import Job, Recipe, RecipeError, Source
 from zsq.nets.chains import ChannelClip
+from zsq.nets.folding import output_first
 from zsq.nets.graph import layers, module_of
+from zsq.nets.tracing import LAYERS
 from zsq.quant.quantizers import ActivationQuantizer, float_weight
 
 __all__ = ["BNRanges", "Spread", "clipped_normal", "spreads"]
@@ -107,17 +110,20 @@ def _after_layer(graph: fx.GraphModule, node: fx.Node, x: Spread, sigmas: float)
 
 
 def through_layer(layer: nn.Module, x: Tensor, power: int = 1, weight: Tensor | None = None) -> Tensor:
-    """sum_i of the kernel sum of W_oi^power times x_i, (O,), without bias; ``x`` (I,) is constant over positions."""
-    w = (float_weight(layer) if weight is None else weight).detach() ** power
-    flat = w.flatten(2).sum(2) if w.dim() > 2 else w
-    if getattr(layer, "transposed", False):
-        flat = flat.transpose(0, 1)
+    """sum_i of the kernel sum of W_oi^power times x_i, (O,), without bias; ``x`` (I,) is constant over positions.
+
+    A transposed convolution is averaged over its output positions, each of which sees another part of the kernel.
+    """
+    assert isinstance(layer, LAYERS)
+    w = output_first(layer, (float_weight(layer) if weight is None else weight).detach() ** power)
+    flat = w.flatten(2).sum(2) if w.dim() > 2 else w  # (O, I / groups)
+    if isinstance(layer, _ConvTransposeNd):
+        flat = flat / math.prod(layer.stride)
     groups = getattr(layer, "groups", 1)
-    if groups == 1:
-        if flat.shape[1] != len(x):  # a flattened map: every position of a channel has its moments
-            x = x.repeat_interleave(flat.shape[1] // len(x))
-        return flat @ x
-    return (flat.unflatten(0, (groups, -1)) * x.view(groups, 1, -1)).sum(2).flatten()
+    if groups == 1 and flat.shape[1] != len(x):  # a flattened map: every position of a channel has its moments
+        x = x.repeat_interleave(flat.shape[1] // len(x))
+    shifted: Tensor = flat.unflatten(0, (groups, -1)) @ x.view(groups, -1, 1)
+    return shifted.flatten()
 
 
 def _after(node: fx.Node, inputs: list[Spread], sigmas: float) -> Spread:
@@ -175,7 +181,8 @@ def _pdf(x: Tensor) -> Tensor:
 
 
 def _cdf(x: Tensor) -> Tensor:
-    return torch.special.ndtr(x)
+    share: Tensor = torch.special.ndtr(x)
+    return share
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

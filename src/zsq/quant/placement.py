@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from zsq.core import FLOAT, Recipe, RecipeError
+from zsq.nets.chains import ChannelClip
 from zsq.nets.graph import consumers, layers, matmuls, module_of, preserves_value
 from zsq.quant.grid import PerChannel, PerTensor, Scheme
 
@@ -25,6 +26,8 @@ __all__ = [
     "Placement",
     "QuantizationProtocol",
     "float_tensors",
+    "is_activation",
+    "seen_through",
 ]
 
 _ACTIVATION_FUNCTIONS = {F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.mish, F.elu, F.sigmoid}
@@ -68,13 +71,13 @@ class LayerInputs(Recipe):
 
         def reads(user: fx.Node) -> bool:
             """Whether ``user`` computes with the tensor or adds it up, maybe through an identity."""
-            return any(end in computing or end.target in _ADDS for end in _seen_through(user))
+            return any(end in computing or end.target in _ADDS for end in seen_through(user))
 
         return [
             Edge(node, tuple(user for user in node.users if reads(user)))
             for node in graph.graph.nodes
             if "shape" in node.meta and node.op != "get_attr" and not preserves_value(node)
-            if any(end in computing for user in node.users for end in _seen_through(user))
+            if any(end in computing for user in node.users for end in seen_through(user))
         ]
 
 
@@ -152,8 +155,8 @@ def is_activation(node: fx.Node) -> bool:
     """Whether ``node`` is an elementwise activation function, as a module, a function or a method."""
     module = module_of(node)
     if module is not None:
-        kind = type(module)
-        return kind.__module__ == "torch.nn.modules.activation" and not isinstance(module, _NOT_ELEMENTWISE)
+        known = type(module).__module__ == "torch.nn.modules.activation" or isinstance(module, ChannelClip)
+        return known and not isinstance(module, _NOT_ELEMENTWISE)
     return node.target in (_ACTIVATION_FUNCTIONS if node.op == "call_function" else _ACTIVATION_METHODS)
 
 
@@ -175,7 +178,7 @@ def float_tensors(graph: fx.GraphModule) -> list[str]:
     return left
 
 
-def _seen_through(user: fx.Node) -> list[fx.Node]:
+def seen_through(user: fx.Node) -> list[fx.Node]:
     """``user``, or what reads it if it only passes the value on."""
     return consumers(user) if preserves_value(user) else [user]
 

@@ -136,7 +136,8 @@ class ActivationQuantizer(nn.Module):
         if self.drop:
             keep = random_mask(x, self.drop, self.rng)
         if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
-            y: Tensor = _LearnedStep.apply(x, self.scale, self.zero_point, self.low, self.high, keep)
+            step = (x, self.scale, self.zero_point, self.low, self.high, keep)
+            y: Tensor = _LearnedStep.apply(*step)  # type: ignore[no-untyped-call]  # autograd's functions are
             return y
         y = fake_quantize(x, self.scale, self.zero_point, self.low, self.high)
         return y if keep is None else mix(x, y, keep)
@@ -228,7 +229,7 @@ def float_weight(layer: nn.Module) -> Tensor:
     if weight_quantizer(layer) is None:
         weight = layer.weight
     else:
-        weight = layer.parametrizations.weight.original  # type: ignore[union-attr]  # as above
+        weight = layer.get_parameter("parametrizations.weight.original")
     assert isinstance(weight, Tensor)
     return weight
 

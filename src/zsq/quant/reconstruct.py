@@ -112,8 +112,9 @@ class ReconstructBlocks(Recipe):
                 logits.step()
             anneal.step()
             with torch.no_grad():  # a scale that reaches zero would never come back
-                for quantizer in (*weights, *activations):
-                    quantizer.scale.clamp_(min=1e-12)
+                for group in scales.param_groups:
+                    for scale in group["params"]:
+                        scale.clamp_(min=1e-12)
         job.run.log(f"reconstruct {name}", self.steps, loss=loss.item())
         return _state(part)
 
@@ -158,7 +159,7 @@ def _install(part: nn.Module, state: dict[str, Tensor]) -> None:
         quantizer.low, quantizer.high = low, low + 2**quantizer.bits - 1
         quantizer.drop, quantizer.rng, quantizer.ready = 0.0, None, True
     part.load_state_dict({name: value for name, value in state.items() if not name.endswith(".low")}, strict=False)
-    for _, quantizer in weight_quantizers(part).values():
-        if isinstance(quantizer.rounding, LearnedRounding):
-            quantizer.rounding.hard = True
+    for _, weights in weight_quantizers(part).values():
+        if isinstance(weights.rounding, LearnedRounding):
+            weights.rounding.hard = True
     part.requires_grad_(False)

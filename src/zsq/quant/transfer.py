@@ -8,8 +8,9 @@ from torch import Tensor, fx, nn
 
 from zsq.core import Job, Recipe, RecipeError, Source, check_counts
 from zsq.nets.chains import Link, equalizable_chains, make_equivariant, scale_channels
-from zsq.nets.folding import Moments
+from zsq.nets.folding import Moments, output_first
 from zsq.nets.graph import layers, module_of
+from zsq.nets.tracing import LAYERS
 from zsq.quant.layers import fold
 from zsq.quant.moments import spreads, through_layer
 from zsq.quant.quantizers import float_weight, weight_quantizer
@@ -106,7 +107,7 @@ class CorrectBiases(Recipe):
             layer = graph.get_submodule(str(node.target))
             if weight_quantizer(layer) is None:
                 continue
-            error = layer.weight.detach() - float_weight(layer)  # type: ignore[operator, union-attr]  # Tensors
+            error = (_weight(layer) - float_weight(layer)).detach()
             shift = through_layer(layer, known[node.all_input_nodes[0]].mean, weight=error)
             with torch.no_grad():
                 if layer.bias is None:
@@ -120,6 +121,8 @@ def _equalize(graph: fx.GraphModule, link: Link) -> float:
     first, second = graph.get_submodule(link.first), graph.get_submodule(link.second)
     factors = equalizing_factors(_output_range(first), _input_range(second))
     clip = graph.get_submodule(clip_target(graph, link)) if link.clip else None
+    assert isinstance(first, LAYERS)
+    assert isinstance(second, LAYERS)
     scale_channels(first, second, clip, factors)
     moments = graph.meta["moments"]
     if link.first in moments:
@@ -145,17 +148,22 @@ def clip_target(graph: fx.GraphModule, link: Link) -> str:
 
 
 def _output_range(layer: nn.Module) -> Tensor:
-    weight = layer.weight.detach()  # type: ignore[operator, union-attr]  # a Parameter
-    axis = 1 if getattr(layer, "transposed", False) else 0
-    return weight.movedim(axis, 0).flatten(1).abs().amax(1)
+    assert isinstance(layer, LAYERS)
+    return output_first(layer, layer.weight.detach()).flatten(1).abs().amax(1)
 
 
 def _input_range(layer: nn.Module) -> Tensor:
-    weight = layer.weight.detach()  # type: ignore[operator, union-attr]  # a Parameter
-    if getattr(layer, "groups", 1) > 1:  # depthwise: one input channel each
-        return weight.flatten(1).abs().amax(1)
-    axis = 0 if getattr(layer, "transposed", False) else 1
-    return weight.movedim(axis, 0).flatten(1).abs().amax(1)
+    assert isinstance(layer, LAYERS)
+    weight = output_first(layer, layer.weight.detach())  # (O, I / groups, *kernel)
+    if getattr(layer, "groups", 1) == 1:
+        weight = weight.movedim(1, 0)
+    return weight.flatten(1).abs().amax(1)  # depthwise: the one output channel of each
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _bends(node: fx.Node) -> bool:

@@ -1,6 +1,7 @@
 """The shipped networks: small, trained by ``zsq.zoo.train``, with a model card each in ``cards/``."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from zsq.core.errors import CheckpointError, UnsupportedModel
 from zsq.zoo.networks import MobileNetV2, ResNet
 from zsq.zoo.pytorchcv import from_pytorchcv
 
-__all__ = ["MODELS", "Entry", "entry", "load_weights"]
+__all__ = ["MODELS", "Entry", "entry", "load_weights", "parameters", "top1"]
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR10_MEAN, _CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -107,3 +108,20 @@ def load_weights(name: str) -> nn.Module:
         raise CheckpointError(f"the weights of {name} are not part of this installation: train them with zsq.zoo.train")
     model.load_state_dict(safetensors.torch.load(file.read_bytes()))
     return model.eval()
+
+
+def parameters(name: str) -> int:
+    """The number of parameters of the shipped network of this name.
+
+    >>> parameters("digits-resnet")
+    17462
+    """
+    with torch.random.fork_rng(devices=[]):
+        return sum(parameter.numel() for parameter in entry(name).build().parameters())
+
+
+def top1(name: str) -> float | None:
+    """The top-1 accuracy in percent that the model card states; None if it states none."""
+    card = (resources.files("zsq.zoo") / "cards" / f"{entry(name).name}.md").read_text()
+    stated = re.search(r"^\| Top-1 \| ([\d.]+) %", card, re.MULTILINE)
+    return float(stated[1]) if stated else None

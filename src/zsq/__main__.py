@@ -1,0 +1,7 @@
+"""``python -m zsq``."""
+
+import sys
+
+from zsq.cli import main
+
+sys.exit(main())

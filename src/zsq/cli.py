@@ -1,0 +1,515 @@
+"""The command line: aligned text for people, ``--json`` for programs, one line and exit code 2 for every mistake.
+
+Everything heavy is imported inside the commands, so that ``zsq --help`` answers at once.
+"""
+
+import ast
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from zsq.version import __version__
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from zsq.core import Batch, Method, Reporter
+    from zsq.evaluate import Accuracy
+    from zsq.nets.load import Network
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="zsq",
+    help="Zero-shot quantization: a pretrained vision network and no data in, a low-bit network out.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+FORMS = "zoo:NAME, torchvision:NAME, timm:NAME, path/to/file.py:factory or package.module:factory"
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}.", show_default=False)]
+MethodName = Annotated[str, typer.Option("--method", help="A name that zsq methods lists.")]
+Preset = Annotated[str, typer.Option(help="One of the method's presets; zsq show lists them.")]
+EffortName = Annotated[
+    Literal["smoke", "fast", "paper"],
+    typer.Option(help="The method's own numbers (paper), minutes on a CPU (fast), or just a test (smoke)."),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="One value of the recipe; may be repeated.")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights for MODEL: .safetensors, or a torch file of tensors.")]
+InputShape = Annotated[str | None, typer.Option(metavar="C,H,W", help="Of one image; for a network of your own.")]
+Mean = Annotated[str | None, typer.Option(metavar="X,...", help="Per channel, of images in 0..1.")]
+Std = Annotated[str | None, typer.Option(metavar="X,...", help="Per channel, of images in 0..1.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same bits.")]
+Device = Annotated[str, typer.Option(help="auto (an accelerator if there is one), cpu, cuda:0 ...")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+DATA_HELP = "A .zip or folder in ImageFolder layout, an .npz with x and y, or digits. Only ever read to report."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a mistake of the caller, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            with command.make_context("zsq", words or ["--help"]) as context:
+                command.invoke(context)
+            sys.stdout.flush()
+        except typer.Exit as stop:
+            return stop.exit_code
+        except typer.TyperException as error:
+            return _fail(error.format_message())
+        except KeyboardInterrupt:
+            again = "; the same command continues where it stopped" if "quantize" in words[:1] else ""
+            print(f"zsq: interrupted{again}", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader, head for one, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:
+            from zsq.core import ZsqError
+
+            if not isinstance(error, ZsqError):
+                raise
+            return _fail(str(error))
+    return 0
+
+
+# --- what there is ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the systems and the controls."""
+    from zsq.methods import BASELINES, METHODS
+
+    systems, controls = ([_facts(method) for method in group.values()] for group in (METHODS, BASELINES))
+    if as_json:
+        _print_json({"methods": systems, "controls": controls})
+        return
+    header = ("method", "needs", "trains", "images", "venue", "confidence", "protocol")
+    rows = [[_cell(facts[name]) for name in header] for facts in (*systems, *controls)]
+    lines = _table([list(header), *rows])
+    first = 1 + len(systems)
+    print("\n".join([*lines[:first], "", "controls", *lines[first:]]))
+
+
+@app.command()
+def show(
+    method: Annotated[str, typer.Argument(metavar="METHOD", show_default=False)],
+    preset: Preset = "paper",
+    effort: EffortName = "paper",
+) -> None:
+    """Print a method's recipe, one value a line.
+
+    The names on the left are the paths that --set takes.
+    """
+    from zsq.api import resolve
+    from zsq.core import show
+
+    recipe = resolve(method, preset=preset, effort=effort)
+    paper = recipe.paper
+    source = f"{paper.venue}, arXiv {paper.arxiv}" if paper.arxiv else paper.venue
+    print(f"{recipe.name}: {paper.title} ({source})")
+    print(f"presets: {', '.join(('paper', *recipe.presets))}\n")
+    print(show(recipe))
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", show_default=False)],
+) -> None:
+    """Print what distinguishes two methods."""
+    from zsq.api import find_method
+    from zsq.core import diff
+
+    if lines := diff(find_method(a), find_method(b)):
+        print(lines)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the shipped networks."""
+    from zsq.zoo import MODELS, parameters, top1
+
+    facts: list[dict[str, Any]] = [
+        {
+            "model": f"zoo:{name}",
+            "input_shape": list(entry.input_shape),
+            "classes": entry.classes,
+            "parameters": parameters(name),
+            "top1": top1(name),
+            "data": entry.data,
+        }
+        for name, entry in MODELS.items()
+    ]
+    if as_json:
+        _print_json({"zoo": facts, "forms": FORMS})
+        return
+    rows = [["model", "input", "classes", "parameters", "top-1", "trained on"]]
+    for fact in facts:
+        accuracy = "-" if fact["top1"] is None else f"{fact['top1']:.2f} %"
+        shape = "x".join(map(str, fact["input_shape"]))
+        rows.append([fact["model"], shape, str(fact["classes"]), f"{fact['parameters']:,}", accuracy, fact["data"]])
+    print("\n".join([*_table(rows), "", f"A MODEL is {FORMS}."]))
+
+
+# --- work ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def quantize(
+    model: Model,
+    method: MethodName,
+    bits: Annotated[str, typer.Option(help="Of weights and activations: w4a4; 2 to 8, or 32 for float.")],
+    out: Annotated[Path, typer.Option(help="The run folder; the same command continues an interrupted run.")],
+    preset: Preset = "paper",
+    protocol: Annotated[str | None, typer.Option(help="Where quantizers sit; the method's own by default.")] = None,
+    effort: EffortName = "paper",
+    settings: Settings = None,
+    checkpoint: Checkpoint = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a low-bit copy of a network, no data.
+
+    With --data, report what it cost. The run folder holds the recipe, the student, the log and the metrics.
+    """
+    overrides, network = _overrides(settings), _network_settings(checkpoint, input_shape, mean, std)
+    from zsq.api import quantize
+
+    _use_threads(threads)
+    with _progress() as reporter:
+        result = quantize(
+            model,
+            method,
+            bits,
+            preset=preset,
+            protocol=protocol,
+            effort=effort,
+            overrides=overrides,
+            data=data,
+            out=out,
+            seed=seed,
+            device=device,
+            reporter=reporter,
+            **network,
+        )
+    if as_json:
+        _print_json({**result.metrics, "folder": str(out)})
+    else:
+        print("\n".join(_table(_summary(result.metrics, out))))
+
+
+@app.command()
+def synthesize(
+    model: Model,
+    method: MethodName,
+    samples: Annotated[int, typer.Option(min=1, help="How many images.")],
+    out: Annotated[Path, typer.Option(help="An .npz with x (N, H, W, C) uint8, and y; or a new folder of PNGs.")],
+    preset: Preset = "paper",
+    effort: EffortName = "paper",
+    settings: Settings = None,
+    checkpoint: Checkpoint = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make and keep a method's images."""
+    overrides, network = _overrides(settings), _network_settings(checkpoint, input_shape, mean, std)
+    if out.suffix not in ("", ".npz"):
+        raise typer.BadParameter(f"--out {out}: give a name that ends in .npz, or one without suffix for a folder")
+    if out.suffix == "" and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise typer.BadParameter(f"--out {out} exists: choose another folder")
+    from zsq.api import synthesize
+
+    _use_threads(threads)
+    with _progress() as reporter:
+        made, found = synthesize(
+            model,
+            method,
+            samples,
+            preset=preset,
+            effort=effort,
+            overrides=overrides,
+            seed=seed,
+            device=device,
+            reporter=reporter,
+            **network,
+        )
+    _write_images(made, found, out)
+    facts = {"model": model, "method": method, "samples": len(made), "seed": seed, "out": str(out)}
+    if as_json:
+        _print_json(facts)
+    else:
+        print("\n".join(_table([[key, str(value)] for key, value in facts.items()])))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a network.", show_default=False)],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    checkpoint: Checkpoint = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a network or a run on images.
+
+    For a run folder, the low-bit network is measured beside its teacher.
+    """
+    settings = _network_settings(checkpoint, input_shape, mean, std)
+    is_run = Path(model).is_dir()
+    if is_run and any(value is not None for value in settings.values()):
+        raise typer.BadParameter(f"{model} is a run folder, which knows its network: leave its settings away")
+    from dataclasses import asdict
+
+    from zsq.api import load
+    from zsq.core.run import resolve_device
+    from zsq.evaluate import check_images, evaluate, read_images
+    from zsq.nets.load import load_network
+
+    _use_threads(threads)
+    student, network = load(model) if is_run else (None, load_network(model, **settings))
+    images = read_images(data, network.input_shape)
+    check_images(images, network.classes)
+    place = resolve_device(device)
+
+    def measure(label: str, module: Any, teacher: Any = None) -> "Accuracy":
+        return evaluate(
+            module,
+            images,
+            mean=network.mean,
+            std=network.std,
+            teacher=teacher,
+            device=place,
+            progress=lambda done, count: reporter.progress(label, done, count) if reporter else None,
+        )
+
+    with _progress() as reporter:
+        exact = measure("evaluate", network.module)
+        low = None if student is None else measure("evaluate student", student, network.module)
+    facts: dict[str, Any] = {"model": model, "images": exact.images, "float": asdict(exact)}
+    rows = [["model", model], ["images", str(exact.images)]]
+    if low is None:
+        rows += [["top-1", f"{exact.top1:.2f} %"], ["top-5", f"{exact.top5:.2f} %"]]
+    else:
+        facts |= {"quantized": asdict(low), "drop": round(exact.top1 - low.top1, 4)}
+        rows += _accuracy_rows(facts)
+    if as_json:
+        _print_json(facts)
+    else:
+        print("\n".join(_table(rows)))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"zsq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- what is said -------------------------------------------------------------------------------------------------
+
+
+def _fail(message: str) -> int:
+    print(f"zsq: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"zsq: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _print_json(facts: Any) -> None:
+    print(json.dumps(facts, indent=1))
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """The rows as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) or "-" if isinstance(value, list) else str(value or "-")
+
+
+def _facts(method: "Method") -> dict[str, Any]:
+    from zsq.api import protocol_of
+    from zsq.core import NoData, needs
+
+    synthesizer = method.synthesizer
+    return {
+        "method": method.name,
+        "needs": sorted(needs(method) - {"labels", "student"}),
+        "trains": method.trains,
+        "images": "" if isinstance(synthesizer, NoData) else type(synthesizer).__name__,
+        "title": method.paper.title,
+        "venue": method.paper.venue,
+        "arxiv": method.paper.arxiv,
+        "confidence": method.paper.confidence,
+        "protocol": protocol_of(method).name,
+        "presets": ["paper", *method.presets],
+    }
+
+
+def _summary(metrics: dict[str, Any], out: Path) -> list[list[str]]:
+    """The facts of a finished run as rows of a table."""
+    rows = [[name, str(metrics[name])] for name in ("model", "method", "bits", "protocol", "effort", "seed")]
+    if metrics["preset"] != "paper":
+        rows.append(["preset", metrics["preset"]])
+    rows += [["set", f"{path}={value}"] for path, value in metrics["overrides"].items()]
+    rows += _accuracy_rows(metrics["accuracy"]) if "accuracy" in metrics else [["accuracy", "not measured: no --data"]]
+    left, size, seconds = metrics["float_tensors"], metrics["bytes"], metrics["seconds"]
+    names = f" ({', '.join(left)})" if 0 < len(left) <= 6 else ""
+    rows.append(["left in float", f"{len(left)} tensors{names}"])
+    rows += [["untraced", f"{name}: {reason}"] for name, reason in metrics["untraced"].items()]
+    ratio = size["float"] / size["packed"]
+    rows.append(["bytes", f"{size['float']:,} -> {size['packed']:,} ({ratio:.2f}x smaller)"])
+    stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items())
+    rows.append(["seconds", f"{sum(seconds.values()):.1f} ({stages})"])
+    rows.append(["peak memory", f"{metrics['peak_memory_mb']:,} MB"])
+    return [*rows, ["run folder", str(out)]]
+
+
+def _accuracy_rows(accuracy: dict[str, Any]) -> list[list[str]]:
+    exact, low = accuracy["float"], accuracy["quantized"]
+    return [
+        ["float", f"top-1 {exact['top1']:.2f} %, top-5 {exact['top5']:.2f} %"],
+        ["quantized", f"top-1 {low['top1']:.2f} %, top-5 {low['top5']:.2f} %"],
+        ["drop", f"{accuracy['drop']:.2f} points"],
+        ["agreement", f"{low['agreement']:.2f} % of {low['images']} images"],
+    ]
+
+
+class _Line:
+    """A Reporter: one line on the terminal that shows the loop that runs."""
+
+    def __init__(self, progress: "Progress") -> None:
+        self._progress = progress
+        self._task = progress.add_task("start", total=None)
+
+    def progress(self, label: str, done: int, count: int) -> None:
+        self._progress.update(self._task, description=label, completed=done, total=count)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator["Reporter | None"]:
+    """A reporter that draws on stderr if that is a terminal, and leaves nothing behind."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield _Line(progress)
+
+
+# --- what was typed -----------------------------------------------------------------------------------------------
+
+
+def _overrides(settings: list[str] | None) -> dict[str, Any]:
+    """``path=value`` as a mapping; a value that is no Python literal is text."""
+    overrides: dict[str, Any] = {}
+    for setting in settings or []:
+        path, equals, value = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set {setting}: write path=value, such as synthesizer.steps=500")
+        try:
+            overrides[path] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[path] = value
+    return overrides
+
+
+def _network_settings(
+    checkpoint: Path | None, input_shape: str | None, mean: str | None, std: str | None
+) -> dict[str, Any]:
+    return {
+        "checkpoint": checkpoint,
+        "input_shape": _numbers("--input-shape", input_shape, int, "3,32,32"),
+        "mean": _numbers("--mean", mean, float, "0.5,0.5,0.5"),
+        "std": _numbers("--std", std, float, "0.5,0.5,0.5"),
+    }
+
+
+def _numbers(
+    option: str, text: str | None, kind: Callable[[str], int | float], example: str
+) -> tuple[int | float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(number) for number in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text}: write numbers with commas, such as {example}") from None
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _write_images(made: "Batch", network: "Network", out: Path) -> None:
+    """An ``.npz`` with ``x`` and, for labelled images, ``y``; or PNGs, in one folder a class if they have labels."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from zsq.api import to_pixels
+    from zsq.core.run import save_atomically
+
+    pixels = to_pixels(made.images, network).numpy()  # (N, H, W, C)
+    labels = None if made.labels is None else made.labels.cpu().numpy()
+    if out.suffix == ".npz":
+        arrays: dict[str, np.ndarray[Any, Any]] = {"x": pixels} if labels is None else {"x": pixels, "y": labels}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        save_atomically(out, buffer.getvalue())
+        return
+    for index, image in enumerate(pixels):
+        buffer = io.BytesIO()
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
+        folder = out if labels is None else out / f"{labels[index]:04d}"
+        save_atomically(folder / f"{index:06d}.png", buffer.getvalue())

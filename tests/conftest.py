@@ -1,0 +1,44 @@
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from zsq.core import Bits, Job, Run, Teacher
+from zsq.nets.graph import capture
+
+
+@pytest.fixture
+def cnn() -> nn.Module:
+    """With BatchNorm, a residual block and a depthwise layer."""
+    return tiny.cnn()
+
+
+@pytest.fixture
+def plain() -> nn.Module:
+    """Without BatchNorm."""
+    return tiny.plain()
+
+
+@pytest.fixture
+def gated() -> nn.Module:
+    """With a submodule that cannot be traced."""
+    return tiny.gated()
+
+
+@pytest.fixture
+def photos() -> Tensor:
+    """Sixteen images that all tiny networks take."""
+    return torch.randn(16, *tiny.SHAPE, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def job_for() -> Callable[..., Job]:
+    """A job on a network, with a run of its own unless one is given."""
+
+    def make(network: nn.Module, run: Run | None = None, bits: str = "w4a4") -> Job:
+        student = capture(network, torch.zeros(2, *tiny.SHAPE))
+        return Job(Teacher(network), student, Bits.parse(bits), run or Run(device="cpu"), tiny.SHAPE)
+
+    return make

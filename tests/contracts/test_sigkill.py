@@ -1,0 +1,59 @@
+"""Killed without warning at random moments, and started again: the same bits."""
+
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from zsq.methods import BASELINES, METHODS
+
+COUNTS = {"steps": 60, "samples": 24, "batch_size": 4}
+"""Enough work for a kill to land in the middle of it."""
+
+
+def longer(name: str) -> dict[str, int]:
+    leaves = {**METHODS, **BASELINES}[name].leaves()
+    return {path: COUNTS[key] for path, _ in leaves if (key := path.rpartition(".")[2]) in COUNTS}
+
+
+def work(method: str, folder: Path) -> None:
+    from zsq.api import quantize
+
+    quantize(tiny.cnn(), method, "w3a4", overrides=longer(method), input_shape=tiny.SHAPE, device="cpu", out=folder)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that have everything imported when they start: what is killed is work."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["zsq.api", "zsq.methods", "safetensors.torch", "PIL.Image"])
+    return context
+
+
+@pytest.mark.parametrize("method", {**METHODS, **BASELINES})
+def test_a_killed_run_resumes_with_the_same_bits(method, processes, tmp_path):
+    def seconds(folder: Path, limit: float | None = None) -> float:
+        process = processes.Process(target=work, args=(method, folder))
+        begin = time.monotonic()
+        process.start()
+        process.join(limit)
+        if limit is not None:
+            process.kill()
+            process.join()
+        assert process.exitcode == 0 or (limit is not None and process.exitcode == -9), method
+        return time.monotonic() - begin
+
+    seconds(tmp_path / "warm")  # the first process also waits for the imports
+    whole = seconds(tmp_path / "whole")
+    moments = random.Random(method)
+    for _ in range(3):
+        seconds(tmp_path / "killed", limit=moments.uniform(0.2, 0.9) * whole)
+    seconds(tmp_path / "killed")
+    for name in ("student.safetensors", "recipe", "identity.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    images = tmp_path / "whole" / "images.safetensors"
+    if images.exists():
+        assert (tmp_path / "killed" / "images.safetensors").read_bytes() == images.read_bytes()

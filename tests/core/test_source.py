@@ -1,0 +1,138 @@
+"""Sources, and the traps that lazily made images set."""
+
+import gc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from zsq.core import Batch, Recipe, RecipeError, Run, Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(Recipe):
+    """Batches whose pixels are their number in the set; each needs a gradient to be made."""
+
+    sizes: tuple[int, ...] = (4, 4, 2)
+    labelled: bool = True
+    live: ClassVar[bool] = False
+
+    def stream(self, job):
+        first = 0
+        for size in self.sizes:
+            x = torch.arange(first, first + size, dtype=torch.float32)[:, None, None, None].requires_grad_()
+            (x.square().sum() / 2).backward()  # d/dx = x
+            yield Batch(x.grad.clone(), x.grad[:, 0, 0, 0].long() if self.labelled else None)
+            first += size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endless(Counted):
+    live: ClassVar[bool] = True
+
+    def stream(self, job):
+        for number in range(1000):
+            yield Batch(torch.full((2, 1, 1, 1), float(number)))
+
+
+@dataclass
+class FakeJob:
+    run: Run
+
+
+@pytest.fixture
+def job():
+    return FakeJob(Run(device="cpu"))
+
+
+def pixels(batch: Batch) -> list[int]:
+    return batch.images.flatten().int().tolist()
+
+
+def test_images_are_made_with_gradients_under_no_grad(job):
+    with torch.no_grad():
+        assert pixels(Source(Counted(), job).take(3)) == [0, 1, 2]
+        assert pixels(Source(Counted(), job).batch(0, 10)) != []
+
+
+def test_a_finite_set_serves_every_pass(job):
+    source = Source(Counted(), job)
+    assert pixels(source.take()) == pixels(source.take()) == list(range(10))
+    assert pixels(source.take(3)) == [0, 1, 2]
+    assert [pixels(each) for each in source.batches(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [pixels(each) for each in source.batches(4, samples=6)] == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_a_consumer_that_leaves_early_closes_nothing(job):
+    source = Source(Counted(), job)
+    reader = source.batches(4)
+    next(reader)
+    del reader
+    gc.collect()
+    assert pixels(source.take()) == list(range(10))
+
+
+def test_no_more_is_made_than_asked_for(job):
+    made = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watched(Counted):
+        def stream(self, job):
+            for batch in super().stream(job):
+                made.append(len(batch))
+                yield batch
+
+    source = Source(Watched(), job)
+    assert made == []
+    source.take(3)
+    assert made == [4]
+    source.take(5)
+    assert made == [4, 4]
+
+
+def test_the_batch_of_a_step_is_a_function_of_the_seed_and_the_step():
+    first = Source(Counted(), FakeJob(Run(device="cpu", seed=5)))
+    there = [pixels(first.batch(step, 3)) for step in range(9)]
+    second = Source(Counted(), FakeJob(Run(device="cpu", seed=5)))
+    assert [pixels(second.batch(step, 3)) for step in (7, 4, 8)] == [there[7], there[4], there[8]]  # resumed midway
+    other = Source(Counted(), FakeJob(Run(device="cpu", seed=6)))
+    assert [pixels(other.batch(step, 3)) for step in range(9)] != there
+    for start in (0, 3, 6):  # 10 images make rounds of three batches of 3, no image twice
+        assert len({image for batch in there[start : start + 3] for image in batch}) == 9
+    assert there[:3] != there[3:6]
+
+
+def test_a_batch_is_never_larger_than_the_set(job):
+    assert sorted(pixels(Source(Counted(), job).batch(7, 64))) == list(range(10))
+
+
+def test_labels_stay_with_their_images(job):
+    batch = Source(Counted(), job).batch(4, 5)
+    assert batch.labels.tolist() == pixels(batch)
+    assert Source(Counted(labelled=False), job).take().labels is None
+
+
+def test_joining_keeps_labels_only_if_all_have_them():
+    with_labels, without = Batch(torch.zeros(2, 1, 1, 1), torch.tensor([1, 2])), Batch(torch.ones(1, 1, 1, 1))
+    assert Batch.join([with_labels, with_labels]).labels.tolist() == [1, 2, 1, 2]
+    assert Batch.join([with_labels, without]).labels is None
+    assert len(Batch.join([with_labels, without])) == 3
+
+
+def test_a_live_stream_moves_on_at_each_step(job):
+    source = Source(Endless(), job)
+    assert [pixels(source.batch(step, 8)) for step in range(3)] == [[0, 0], [1, 1], [2, 2]]
+    assert pixels(source.take(3)) == [3, 3, 4]
+    assert pixels(source.take(3)) == [3, 3, 4]
+    with pytest.raises(RecipeError, match="without end: say how many"):
+        source.take()
+
+
+def test_asking_for_more_gives_all_there_is(job):
+    assert len(Source(Counted(), job).take(99)) == 10
+
+
+def test_a_set_without_images_is_a_mistake(job):
+    with pytest.raises(RecipeError, match="made no images"):
+        Source(Counted(sizes=()), job).take()

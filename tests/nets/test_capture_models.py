@@ -1,0 +1,167 @@
+"""Capture, blocks and folding on the networks that people have, with random weights."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from zsq.core.errors import MissingExtra
+from zsq.nets.chains import equalizable_chains, make_equivariant, scale_channels
+from zsq.nets.compat import import_timm, import_torchvision
+from zsq.nets.folding import fold_batchnorms, output_first
+from zsq.nets.graph import blocks, capture, extract, hidden_layers, layers, matmuls
+
+NETWORKS = {
+    "torchvision:resnet18": 64,
+    "torchvision:resnet50": 64,
+    "torchvision:mobilenet_v2": 64,
+    "torchvision:mobilenet_v3_small": 64,
+    "torchvision:mnasnet0_5": 64,
+    "torchvision:googlenet": 64,
+    "torchvision:inception_v3": 75,
+    "torchvision:regnet_x_400mf": 64,
+    "torchvision:efficientnet_b0": 64,
+    "torchvision:densenet121": 64,
+    "torchvision:squeezenet1_1": 64,
+    "torchvision:shufflenet_v2_x0_5": 64,
+    "torchvision:vgg11_bn": 32,
+    "torchvision:convnext_tiny": 64,
+    "torchvision:swin_t": 64,
+    "timm:deit_tiny_patch16_224": 224,
+    "timm:swin_tiny_patch4_window7_224": 224,
+    "timm:pvt_v2_b0": 64,
+    "timm:efficientnet_b0": 64,
+    "timm:efficientvit_b0": 64,
+}
+"""Name and image size in pixels."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Small layers lose more by sharing them among threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(name: str) -> nn.Module:
+    library, _, name = name.partition(":")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torchvision was built for another torch
+        try:
+            package = import_torchvision() if library == "torchvision" else import_timm()
+        except MissingExtra as error:
+            pytest.skip(str(error))
+    torch.manual_seed(0)
+    if library == "timm":
+        return package.create_model(name)
+    slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return package.models.get_model(name, weights=None, **slow)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def case(request):
+    """A network in eval mode with random BN statistics, its graph, and three images."""
+    model, size = network(request.param).eval(), NETWORKS[request.param]
+    for bn in model.modules():
+        if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            bn.running_mean.normal_(0, 0.1)
+            bn.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(bn.weight, 0.5, 1.5)
+            nn.init.normal_(bn.bias, 0, 0.1)
+    return request.param, model, capture(model, torch.randn(2, 3, size, size)), torch.randn(3, 3, size, size)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within 1e-5 of the largest of ``expected``."""
+    assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_the_graph_computes_what_the_network_does(case):
+    name, model, graph, images = case
+    for batch in (images[:1], images, torch.cat([images, images[:2]])):
+        assert_same(graph(batch), model(batch))
+    assert bool(graph.meta["untraced"]) == (name == "timm:efficientvit_b0")
+    count = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+    aside = {"torchvision:inception_v3": 3, "torchvision:googlenet": 8}.get(name, 0)  # in the auxiliary classifiers
+    assert len({node.target for node in layers(graph)}) + len(hidden_layers(graph)) == count - aside
+
+
+@torch.no_grad()
+def test_the_blocks_make_up_the_whole(case):
+    _, _, graph, images = case
+    value = images
+    for block in blocks(graph):
+        value = extract(graph, block)(value)
+    assert_close(value, graph(images), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_folding_and_scaling_change_nothing(case):
+    _, _, graph, images = case
+    expected, folded = graph(images), copy.deepcopy(graph)
+    moments = fold_batchnorms(folded)
+    assert set(moments) <= {node.target for node in layers(folded)}
+    assert_same(folded(images), expected)
+    make_equivariant(folded)
+    assert_same(folded(images), expected)
+    nodes = {node.name: node for node in folded.graph.nodes}
+    for link in (link for chain in equalizable_chains(folded) for link in chain.links):
+        first, second = folded.get_submodule(link.first), folded.get_submodule(link.second)
+        clip = None if link.clip is None else folded.get_submodule(nodes[link.clip].target)
+        scale_channels(first, second, clip, (0.5 * torch.randn(len(output_first(first, first.weight)))).exp())
+    assert_same(folded(images), expected)
+
+
+def divided(name: str) -> list[str]:
+    size = NETWORKS[name]
+    return [block.name for block in blocks(capture(network(name), torch.randn(1, 3, size, size)))]
+
+
+def test_blocks_are_the_units_of_the_architectures():
+    assert divided("torchvision:resnet18") == [
+        "conv1",
+        *(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)),
+        "fc",
+    ]
+    mobilenet = divided("torchvision:mobilenet_v2")
+    assert mobilenet == [
+        "features.0.0",
+        *(f"features.{index}" for index in range(1, 18)),
+        "features.18.0",
+        "classifier.1",
+    ]
+    assert divided("torchvision:vgg11_bn") == [
+        *(f"features.{index}" for index in (0, 4, 8, 11, 15, 18, 22, 25)),
+        *("classifier.0", "classifier.3", "classifier.6"),
+    ]
+    assert divided("torchvision:densenet121") == [
+        "features.conv0",
+        *("features.denseblock1", "features.transition1.conv", "features.denseblock2", "features.transition2.conv"),
+        *("features.denseblock3", "features.transition3.conv", "features.denseblock4", "classifier"),
+    ]
+    assert divided("timm:deit_tiny_patch16_224") == [
+        "patch_embed.proj",
+        *(f"blocks.{index}" for index in range(12)),
+        "head",
+    ]
+
+
+def test_attention_is_visible():
+    for name, count in (("timm:deit_tiny_patch16_224", 24), ("torchvision:swin_t", 24)):
+        size = NETWORKS[name]
+        assert len(matmuls(capture(network(name), torch.randn(1, 3, size, size)))) == count
+
+
+def test_what_cannot_be_traced_is_named_with_a_reason():
+    graph = capture(network("timm:efficientvit_b0"), torch.randn(1, 3, 64, 64))
+    assert list(graph.meta["untraced"]) == [
+        f"stages.{s}.blocks.{b}.context_module.main" for s in (2, 3) for b in (1, 2)
+    ]
+    assert all(graph.meta["untraced"].values())
+    assert "stages.2.blocks.1.context_module.main.qkv.conv" in hidden_layers(graph)

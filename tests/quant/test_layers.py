@@ -1,0 +1,82 @@
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from zsq.core import RecipeError
+from zsq.quant import MINMAX_PTQ, SIMULATE_ALL, Calibrate, FoldBatchNorm, InsertFakeQuant, Percentile
+from zsq.quant.layers import fold, layers_in_order
+from zsq.quant.quantizers import activation_quantizers
+from zsq.synthesis import Noise
+
+
+def test_quantized_behind_quantized_layers_in_one_pass(job_of, apply):
+    # the range of the second quantizer is that of values which the first, of 2 bits, has already rounded
+    network = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(3, 2, bias=False), nn.ReLU(), nn.Linear(2, 2)).eval()
+    network[2].weight.data = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    job = job_of(network, "w32a2", (3, 1, 1))
+    apply(job, InsertFakeQuant(protocol=MINMAX_PTQ))
+    first, second = activation_quantizers(job.student).values()
+    for quantizer in (first, second):
+        quantizer.observe(Calibrate().range)
+    job.student(torch.tensor([0.1, 1.4, 3.0]).view(1, 3, 1, 1))
+    assert first.scale.item() == 1
+    assert second.scale.item() == pytest.approx(1 / 3)  # 0 and 1, not 0.1 and 1.4
+
+
+def test_calibration_looks_at_so_many_images(resnet, job_of, apply):
+    seen = []
+    for samples, batch_size in ((8, 4), (5, 64)):
+        job = job_of(resnet)
+        job.student.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        apply(job, InsertFakeQuant(), Calibrate(samples=samples, batch_size=batch_size), synthesizer=Noise(samples=16))
+        assert all(quantizer.ready for quantizer in activation_quantizers(job.student).values())
+    assert seen == [4, 4, 5]
+
+
+def test_calibration_uses_its_range(resnet, job_of, apply):
+    scales = []
+    for calibrate in (Calibrate(), Calibrate(range=Percentile(share=0.9))):
+        job = job_of(resnet)
+        apply(job, InsertFakeQuant(), calibrate, synthesizer=Noise(samples=8))
+        scales.append(next(iter(activation_quantizers(job.student).values())).scale.item())
+    assert scales[1] < scales[0]
+
+
+def test_calibration_of_nothing_asks_for_no_images(resnet, job_of, apply):
+    apply(job_of(resnet, "w4a32"), InsertFakeQuant(), Calibrate())  # there are none
+
+
+def test_a_quantizer_that_nothing_reaches_is_reported(job_of, apply):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return (self.a(x) if x.sum() < 1e9 else self.b(x)).flatten(1)
+
+    job = job_of(Branch().eval())
+    apply(job, InsertFakeQuant())
+    with pytest.raises(RecipeError, match=r"nothing reached the quantizer root\.b\.input_quantizer"):
+        apply(job, Calibrate(), synthesizer=Noise(samples=4))
+
+
+def test_folding_keeps_the_function_and_happens_once(resnet, mobilenet, images, job_of, apply):
+    for network in (resnet, mobilenet):
+        job = job_of(network)
+        before = network.state_dict()["stem.1.running_mean"].clone()
+        apply(job, FoldBatchNorm(), FoldBatchNorm(), InsertFakeQuant(protocol=SIMULATE_ALL))
+        assert job.student.meta["edits"] == [["fold"]]
+        job = job_of(network)
+        fold(job.student)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in job.student.modules())
+        assert_close(job.student(images), network(images), atol=1e-5, rtol=1e-5)
+        assert torch.equal(network.state_dict()["stem.1.running_mean"], before)
+
+
+def test_layers_come_in_the_order_in_which_they_run(resnet, job_of):
+    names = list(layers_in_order(job_of(resnet).student))
+    assert names[0] == "stem.0"
+    assert names[-1] == "head"
+    assert len(names) == 7

@@ -1,0 +1,140 @@
+from dataclasses import dataclass, replace
+
+import pytest
+import tiny
+import torch
+
+from zsq.core import Loss, MissingView, RecipeError, Run, Teacher
+from zsq.losses import BNStatistics, CrossEntropy, ImageStatistics
+from zsq.synthesis import GaussianPixels, Noise, OptimizeImages, Plateau, ShiftAndFlip, UniformLabels, UniformPixels
+from zsq.synthesis.images import batch_sizes
+
+SMALL = OptimizeImages(loss=BNStatistics(), samples=6, batch_size=4, steps=4)
+
+
+def images_of(recipe, job):
+    return list(recipe.stream(job))
+
+
+def value(loss, network, images):
+    return loss.value(Teacher(network).view(images, loss.needs)).item()
+
+
+def test_descent_reduces_the_loss_tenfold(cnn, job_for):
+    recipe = replace(SMALL, samples=8, batch_size=8, steps=100, lr=0.1)
+    job = job_for(cnn)
+    start = value(recipe.loss, cnn, GaussianPixels().draw((8, *tiny.SHAPE), job.run.fresh("x")))
+    (batch,) = images_of(recipe, job)
+    assert value(recipe.loss, cnn, batch.images) < start / 10
+
+
+def test_images_come_in_batches_without_gradients(cnn, job_for):
+    made = images_of(SMALL, job_for(cnn))
+    assert [tuple(batch.images.shape) for batch in made] == [(4, 3, 8, 8), (2, 3, 8, 8)]
+    assert all(batch.labels is None and not batch.images.requires_grad for batch in made)
+
+
+def test_the_seed_decides_every_bit(cnn, job_for):
+    def made(seed):
+        recipe = replace(SMALL, labels=UniformLabels(), jitter=ShiftAndFlip(limit=2), loss=CrossEntropy() + SMALL.loss)
+        return images_of(recipe, job_for(cnn, Run(device="cpu", seed=seed)))
+
+    for a, b, other in zip(made(1), made(1), made(2), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert not torch.equal(a.images, other.images)
+    assert not torch.equal(made(1)[0].images[:2], made(1)[1].images)  # batches do not repeat each other
+
+
+def test_a_batch_does_not_depend_on_those_before_it(cnn, job_for, tmp_path):
+    whole = images_of(SMALL, job_for(cnn, Run(tmp_path / "a", device="cpu")))
+    (tmp_path / "a" / "pieces" / "images" / "0.pt").unlink()  # as if the first had been lost
+    again = images_of(SMALL, job_for(cnn, Run(tmp_path / "a", device="cpu")))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(whole, again, strict=True))
+
+
+def test_a_kept_batch_comes_back_with_its_labels(cnn, job_for, tmp_path):
+    recipe = replace(SMALL, labels=UniformLabels(), loss=CrossEntropy())
+    first = images_of(recipe, job_for(cnn, Run(tmp_path, device="cpu")))
+    again = images_of(recipe, job_for(cnn, Run(tmp_path, device="cpu")))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert a.labels.dtype == torch.int64
+        assert set(a.labels.tolist()) <= set(range(5))
+
+
+def test_labels_make_the_teacher_see_their_classes(cnn, job_for):
+    recipe = OptimizeImages(loss=CrossEntropy(), labels=UniformLabels(), samples=8, batch_size=8, steps=60, lr=0.1)
+    job = job_for(cnn)
+    (batch,) = images_of(recipe, job)
+    assert (job.teacher.view(batch.images).logits.argmax(1) == batch.labels).float().mean() >= 0.75
+
+
+def test_a_loss_that_reads_labels_needs_some(cnn, job_for):
+    with pytest.raises(MissingView, match="no labels"):
+        images_of(replace(SMALL, loss=CrossEntropy()), job_for(cnn))
+
+
+def test_a_jitter_moves_what_is_looked_at_and_not_the_image(cnn, job_for):
+    @dataclass(frozen=True, kw_only=True)
+    class Still(Loss):
+        """No gradient: the image must come back as it started."""
+
+        def value(self, view):
+            return 0 * view.images.sum()
+
+    recipe = replace(SMALL, loss=Still(), jitter=ShiftAndFlip(limit=3), samples=4)
+    (moved,) = images_of(recipe, job_for(cnn))
+    (still,) = images_of(replace(recipe, jitter=None), job_for(cnn))
+    assert torch.equal(moved.images, still.images)
+
+
+def test_a_plateau_lowers_the_learning_rate_and_stops_at_the_least():
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = Plateau(factor=0.1, patience=2, min_lr=0.05).build(optimizer)
+    rates = []
+    for loss in [5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]:  # the third step in vain is one too many
+        schedule.step(loss)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.05])
+
+
+def test_the_schedule_reaches_the_pixels(cnn, job_for):
+    eager = replace(SMALL, samples=4, steps=30, schedule=Plateau(patience=0, factor=0.01, min_lr=0.0), lr=2.0)
+    (slowed,) = images_of(eager, job_for(cnn))
+    (free,) = images_of(replace(eager, schedule=None), job_for(cnn))
+    assert not torch.equal(slowed.images, free.images)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, -0.5])
+def test_a_plateau_that_lowers_nothing_is_refused(factor):
+    with pytest.raises(RecipeError, match="factor must lie between 0 and 1"):
+        Plateau(factor=factor)
+
+
+def test_noise_is_one_batch_in_the_shape_of_the_network(cnn, job_for):
+    (batch,) = images_of(Noise(samples=5), job_for(cnn))
+    assert batch.images.shape == (5, 3, 8, 8)
+    (flat,) = images_of(Noise(pixels=UniformPixels(low=2.0, high=3.0), samples=5), job_for(cnn))
+    assert flat.images.min() >= 2
+    assert flat.images.max() <= 3
+
+
+@pytest.mark.parametrize("name", ["samples", "batch_size", "steps"])
+def test_counts_below_one_are_refused(name):
+    with pytest.raises(RecipeError, match=rf"OptimizeImages.{name} must be at least 1, got 0"):
+        replace(SMALL, **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "sizes"), [(8, 4, [4, 4]), (9, 4, [4, 4, 1]), (3, 4, [3]), (4, 4, [4]), (3, 1, [1, 1, 1])]
+)
+def test_batch_sizes(samples, batch_size, sizes):
+    assert batch_sizes(samples, batch_size) == sizes
+
+
+def test_the_teacher_has_no_gradients_afterwards(cnn, job_for):
+    job = job_for(cnn)
+    images_of(replace(SMALL, loss=BNStatistics() + ImageStatistics()), job)
+    assert all(parameter.grad is None for parameter in job.teacher.module.parameters())

@@ -1,0 +1,391 @@
+"""The command line: what it prints, and one line with exit code 2 for every mistake."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zsq import __version__
+from zsq.cli import main
+
+TINY = """
+from torch import nn
+
+def build(bn=True):
+    norm = nn.BatchNorm2d(4) if bn else nn.Identity()
+    return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 10))
+
+def plain():
+    return build(bn=False)
+
+def noisy():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Noise())
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + x.new_empty(x.shape).normal_()
+"""
+SMOKE = ("--effort", "smoke", "--device", "cpu")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    (tmp_path / "tiny.py").write_text(TINY)
+    return f"{tmp_path / 'tiny.py'}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "nearest"
+    words = ["quantize", "zoo:digits-resnet", "--method", "nearest", "--bits", "w4a4", "--data", "digits", *SMOKE]
+    assert main([*words, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from zsq.cli import main; assert main(['--help']) == 0; "
+        "assert not {'torch', 'numpy', 'rich', 'pydantic'} & set(sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for command in ("methods", "show", "diff", "models", "quantize", "synthesize", "evaluate"):
+        assert f"\n  {command} " in shown
+
+
+def test_the_library_imports_no_extra():
+    code = (
+        "import sys, zsq; zsq.quantize; zsq.load_network; "
+        "assert not {'torchvision', 'timm', 'onnx', 'sklearn', 'typer', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_python_m_zsq():
+    asked = subprocess.run([sys.executable, "-m", "zsq", "--version"], capture_output=True, text=True, check=True)
+    assert asked.stdout == f"zsq {__version__}\n"
+    wrong = subprocess.run([sys.executable, "-m", "zsq", "show"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", "zsq: error: Missing argument 'METHOD'.\n")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    words = [sys.executable, "-m", "zsq", "show", "genie"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_no_command_is_help(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("Usage: zsq ")
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]):
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["method", "needs", "trains", "images", "venue", "confidence", "protocol"]
+    genie = next(line for line in lines if line.startswith("genie"))
+    assert genie.split() == ["genie", "bn", "yes", "OptimizeLatents", "CVPR", "2023", "high", "ptq-8bit-ends"]
+    controls = lines[lines.index("controls") + 1 :]
+    assert [line.split()[0] for line in controls] == ["nearest"]
+
+
+def test_methods_as_json(capsys: pytest.CaptureFixture[str]):
+    assert main(["methods", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    zeroq = next(each for each in facts["methods"] if each["method"] == "zeroq")
+    assert zeroq["needs"] == ["bn"]
+    assert zeroq["trains"] is False
+    assert zeroq["arxiv"] == "2001.00281"
+    assert [each["method"] for each in facts["controls"]] == ["nearest"]
+
+
+def test_show(capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "nearest"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "nearest: Round to nearest, ranges from Gaussian noise (baseline)\n"
+        "presets: paper, fast\n"
+        "\n"
+        "synthesizer = Noise\n"
+        "synthesizer.pixels = GaussianPixels\n"
+    )
+
+
+def test_show_applies_preset_and_effort(capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "genie", "--preset", "qdrop-ends", "--effort", "fast"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "genie: Genie: Show Me the Data for Quantization (CVPR 2023, arXiv 2212.04780)"
+    assert "quantizer.insert_fake_quant.protocol.ends.second_input = None" in lines
+    assert "quantizer.reconstruct_blocks.steps = 1000" in lines
+
+
+def test_diff(capsys: pytest.CaptureFixture[str]):
+    assert main(["diff", "zeroq", "genie"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["- synthesizer = OptimizeImages", "+ synthesizer = OptimizeLatents"]
+    assert {line[:2] for line in lines} == {"- ", "+ "}
+    assert main(["diff", "zeroq", "zeroq"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_models(capsys: pytest.CaptureFixture[str]):
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "zoo:digits-resnet        1x8x8    10       17,462      98.52 %  scikit-learn's" in out
+    assert "path/to/file.py:factory" in out
+    assert main(["models", "--json"]) == 0
+    zoo = json.loads(capsys.readouterr().out)["zoo"]
+    assert zoo[0]["model"] == "zoo:digits-resnet"
+    assert zoo[0]["parameters"] == 17_462
+
+
+def test_quantize_sums_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["quantize", "zoo:digits-resnet", "--method", "zeroq", "--bits", "w8a8", "--data", "digits", *SMOKE]
+    assert main([*words, "--out", str(tmp_path / "run"), "--seed", "3", "--set", "synthesizer.lr=0.25"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    facts = {line[:13].strip(): line[15:] for line in shown.out.splitlines()}
+    assert facts["model"] == "zoo:digits-resnet"
+    assert facts["bits"] == "W8A8"
+    assert facts["seed"] == "3"
+    assert facts["set"] == "synthesizer.lr=0.25"
+    assert facts["float"].startswith("top-1 98.52 %")
+    for name in ("protocol", "quantized", "drop", "agreement", "left in float", "bytes", "seconds", "peak memory"):
+        assert facts[name]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"recipe", "student.safetensors", "metrics.json", "images.safetensors", "images.png"} <= names
+
+
+def test_quantize_says_when_nothing_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["quantize", "zoo:digits-resnet", "--method", "dfq", "--bits", "w8a8", *SMOKE]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "not measured: no --data" in capsys.readouterr().out
+
+
+def test_evaluate_a_run_agrees_with_its_metrics(run: Path, capsys: pytest.CaptureFixture[str]):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert main(["evaluate", str(run), "--data", "digits", "--json", "--device", "cpu"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {key: facts[key] for key in ("float", "quantized", "drop")} == metrics["accuracy"]
+    assert main(["evaluate", str(run), "--data", "digits", "--device", "cpu"]) == 0
+    assert "agreement  " in capsys.readouterr().out
+
+
+def test_evaluate_a_network(capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", "zoo:digits-resnet", "--data", "digits", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["images  540", "top-1   98.52 %"]
+
+
+def test_a_network_of_ones_own_from_another_folder(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["quantize", "tiny.py:build", "--method", "nearest", "--bits", "w4a32", *SMOKE]
+    assert main([*words, "--input-shape", "1,8,8", "--mean", "0.3", "--std", "0.4", "--out", "run", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["bits"] == "W4A32"
+    assert facts["mean"] == [0.3]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["evaluate", "../run", "--data", "digits", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("out", ["images.npz", "images"])
+def test_synthesize(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["synthesize", "zoo:digits-resnet", "--method", "zeroq", "--samples", "5", *SMOKE]
+    assert main([*words, "--out", str(tmp_path / out)]) == 0
+    assert "samples  5" in capsys.readouterr().out
+    if out == "images":
+        assert len(list((tmp_path / out).glob("*.png"))) == 5
+        assert main([*words, "--out", str(tmp_path / out)]) == 2  # what is there stays
+        return
+    with np.load(tmp_path / out) as file:
+        assert file["x"].dtype == np.uint8
+        assert file["x"].shape == (5, 8, 8, 1)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zsq.api.quantize", interrupt)
+    words = ["quantize", "zoo:digits-resnet", "--method", "zeroq", "--bits", "w4a4", "--out", str(tmp_path / "run")]
+    assert main(words) == 130
+    assert capsys.readouterr().err == "zsq: interrupted; the same command continues where it stopped\n"
+
+
+def test_progress_is_one_line_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    words = ["synthesize", "zoo:digits-resnet", "--method", "zeroq", "--samples", "4", *SMOKE]
+    assert main([*words, "--out", str(tmp_path / "images.npz")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "model    zoo:digits-resnet"
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr with which ``words`` are refused."""
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("zsq: error: ")
+    assert shown.err.count("\n") == 1
+    return shown.err.removeprefix("zsq: error: ").rstrip()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--method", "geni"), "no method 'geni' (did you mean 'genie'?): there is dfq,"),
+        (("--set", "synthesizer.step=3"), "no 'step' in 'synthesizer.step': OptimizeImages has loss"),
+        (("--set", "synthesizer.steps=many"), "synthesizer.steps must be a whole number, got 'many'"),
+        (("--set", "synthesizer.steps=0"), "must be at least 1, got 0"),
+        (("--set", "synthesizer.steps"), "write path=value"),
+        (("--preset", "best"), "zeroq has no preset 'best': there is paper"),
+        (("--protocol", "all"), "no protocol 'all': there is minmax-ptq"),
+        (("--effort", "none"), "'none' is not one of 'smoke', 'fast', 'paper'"),
+        (("--bits", "w1a4"), "weights can have 2 to 8 bits, or 32 for float, got 1"),
+        (("--bits", "w9a9"), "weights can have 2 to 8 bits, or 32 for float, got 9"),
+        (("--bits", "4x4"), "bits are written like w4a4 (weights, activations), got '4x4'"),
+        (("--input-shape", "3,x"), "write numbers with commas, such as 3,32,32"),
+        (("--input-shape", "8,8"), "it must be (C, H, W)"),
+        (("--input-shape", "3,8,8"), "does not run on images (1, 3, 8, 8)"),
+        (("--mean", "0.1,0.2"), "takes 1 channels"),
+        (("--std", "0"), "std above 0"),
+        (("--device", "cuda:99"), "no device 'cuda:99' here: there is cpu"),
+        (("--device", "abacus"), "no device 'abacus' here"),
+        (("--threads", "0"), "'--threads'"),
+        (("--seed", "one"), "'--seed'"),
+        (("--data", "nowhere.zip"), "no data at nowhere.zip"),
+        (("--checkpoint", "nowhere.pt"), "no checkpoint at nowhere.pt"),
+        (("--fast",), "No such option: --fast"),
+    ],
+)
+def test_bad_options(words: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    good = ["quantize", "zoo:digits-resnet", "--method", "zeroq", "--bits", "w4a4", "--out", str(tmp_path / "run")]
+    assert says in refused([*good, *SMOKE, *words], capsys)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("resnet18", "no network 'resnet18': the forms are zoo:NAME"),
+        ("zoo:digits", "no network 'digits' in the zoo: it has digits-resnet"),
+        ("nowhere.py:build", "no file nowhere.py"),
+        ("no.such.package:build", "no module 'no'"),
+    ],
+)
+def test_bad_models(model: str, says: str, capsys: pytest.CaptureFixture[str]):
+    assert says in refused(["evaluate", model, "--data", "digits"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("factory", "method", "says"),
+    [
+        ("bild", "nearest", "has no 'bild': it has build"),
+        ("plain", "zeroq", "this network has none; methods that fit: squant"),
+        ("noisy", "nearest", "changes its output in eval mode"),
+    ],
+)
+def test_networks_that_do_not_fit(
+    factory: str, method: str, says: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["quantize", f"{tiny}:{factory}", "--method", method, "--bits", "w4a4", "--out", str(tmp_path / "run")]
+    assert says in refused([*words, *SMOKE, "--input-shape", "1,8,8"], capsys)
+
+
+def test_a_network_of_ones_own_needs_a_shape(tiny: str, capsys: pytest.CaptureFixture[str]):
+    assert "--input-shape C,H,W" in refused(["evaluate", f"{tiny}:build", "--data", "digits"], capsys)
+
+
+def test_checkpoints_that_do_not_fit(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["evaluate", f"{tiny}:build", "--data", "digits", "--input-shape", "1,8,8", "--checkpoint"]
+    torch.save({"0.weight": torch.zeros(4, 1, 5, 5)}, tmp_path / "shape.pt")
+    assert "0.weight is (4, 1, 5, 5), not (4, 1, 3, 3)" in refused([*words, str(tmp_path / "shape.pt")], capsys)
+    torch.save({"0.weight": torch.zeros(4, 1, 3, 3), "head.bias": torch.zeros(1)}, tmp_path / "keys.pt")
+    said = refused([*words, str(tmp_path / "keys.pt")], capsys)
+    assert "missing (0.bias" in said
+    assert "1 unexpected (head.bias)" in said
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(Path("/")))
+    assert "is not a file of tensors" in refused([*words, str(tmp_path / "code.pt")], capsys)
+    (tmp_path / "cut.safetensors").write_bytes(b"\x20")
+    assert "is not a file of tensors" in refused([*words, str(tmp_path / "cut.safetensors")], capsys)
+
+
+def test_weights_that_are_no_numbers(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["evaluate", f"{tiny}:build", "--data", "digits", "--input-shape", "1,8,8"]
+    from zsq.nets.load import load_network
+
+    state = load_network(f"{tiny}:build", input_shape=(1, 8, 8)).module.state_dict()
+    state["4.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    assert "4.bias of build has NaN" in refused([*words, "--checkpoint", str(tmp_path / "nan.pt")], capsys)
+
+
+def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "empty.zip").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    x = np.zeros((3, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "many.npz", x=x, y=np.array([0, 1, 11]))
+    np.savez(tmp_path / "good.npz", x=x, y=np.array([0, 1, 2]))
+    whole = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    for name, says in {
+        "missing.zip": "no data at",
+        "empty.zip": "cannot be read",
+        "folder": "no images in",
+        "cut.npz": "cannot be read",
+        "many.npz": "a label is 11, the network has 10 classes",
+    }.items():
+        words = ["quantize", "zoo:digits-resnet", "--method", "nearest", "--bits", "w4a4", *SMOKE]
+        out = tmp_path / f"run-{name}"
+        assert says in refused([*words, "--out", str(out), "--data", str(tmp_path / name)], capsys)
+        assert not (out / "identity.json").exists()  # known before any work
+        assert says in refused(["evaluate", "zoo:digits-resnet", "--data", str(tmp_path / name)], capsys)
+
+
+def test_folders_that_cannot_be_used(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["quantize", "zoo:digits-resnet", "--bits", "w4a4", *SMOKE, "--out"]
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert "holds another run (method nearest, not zeroq" in refused([*words, str(run), "--method", "zeroq"], capsys)
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    (tmp_path / "file").write_text("mine")
+    assert "cannot create" in refused([*words, str(tmp_path / "file" / "run"), "--method", "zeroq"], capsys)
+    assert "is not a run folder and not empty" in refused([*words, str(tmp_path), "--method", "zeroq"], capsys)
+    torch.save({"mine": torch.zeros(1)}, tmp_path / "checkpoint.pt")
+    assert "checkpoint.pt is no checkpoint of a run" in refused([*words, str(tmp_path), "--method", "zeroq"], capsys)
+    assert "holds no finished run" in refused(["evaluate", str(tmp_path), "--data", "digits"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--method", "dfq"), "dfq makes no images; methods that do: squant, zeroq"),
+        (("--samples", "0"), "'--samples'"),
+        (("--out", "images.jpg"), "give a name that ends in .npz"),
+    ],
+)
+def test_images_that_cannot_be_made(
+    words: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    good = ["synthesize", "zoo:digits-resnet", "--method", "zeroq", "--samples", "4", "--out", str(tmp_path / "i.npz")]
+    assert says in refused([*good, *SMOKE, *words], capsys)
+
+
+def test_unknown_words(capsys: pytest.CaptureFixture[str]):
+    assert refused(["quantise"], capsys).startswith("No such command 'quantise'")
+    assert refused(["show"], capsys) == "Missing argument 'METHOD'."
+    assert "no method 'a'" in refused(["diff", "a", "b"], capsys)
