@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,12 @@ from torch import Tensor, nn
 
 from zsq.core import Bits, Job, Run, Teacher
 from zsq.nets.graph import capture
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power does not fail in tests, and on a busy disk every ``fsync`` takes a second."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

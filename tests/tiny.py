@@ -1,7 +1,11 @@
 """Networks small enough that a test quantizes them in a blink, with BatchNorm statistics as training leaves them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from zsq.methods import BASELINES, METHODS
 
 SHAPE = (3, 8, 8)
 """(C, H, W) of the images they take."""
@@ -84,3 +88,14 @@ def dead() -> nn.Module:
         network[0].weight[1] = 0
         network[4].weight[2] = 1e-14
     return network
+
+
+SIZES = {"candidates": 5, "latent": 8, "wide": 6, "narrow": 4}
+"""What costs time besides counts, wherever a recipe has a number of that name."""
+
+
+def settings(method: str, **counts: int) -> dict[str, Any]:
+    """How the tests call ``quantize`` on these networks: all sizes small, and ``counts`` at every leaf of that name."""
+    names, leaves = {**SIZES, **counts}, {**METHODS, **BASELINES}[method].leaves()
+    changes = {path: names[name] for path, _ in leaves if (name := path.rpartition(".")[2]) in names}
+    return {"effort": "smoke", "input_shape": SHAPE, "device": "cpu", "overrides": changes}

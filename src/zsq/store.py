@@ -69,6 +69,7 @@ def save_student(student: fx.GraphModule, origin: dict[str, str]) -> bytes:
             "bits": act.bits,
             "low": act.low,
             "symmetric": act.scheme.symmetric,
+            "ready": act.ready,
             **({"source": edge.source.name, "readers": [node.name for node in edge.readers]} if edge else {}),
         }
     for name, tensor in student.state_dict().items():
@@ -92,12 +93,11 @@ def load_student(path: Path, network: nn.Module, example: Tensor) -> tuple[fx.Gr
         raise CheckpointError(f"{path} is no complete safetensors file ({error})") from error
     if about.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no student saved by this version of zsq")
-    plan = json.loads(about["plan"])
     student = capture(network, example)
     try:
-        _rebuild(student, plan, tensors)
-    except (AttributeError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        _rebuild(student, json.loads(about["plan"]), tensors)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # the file may say anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} does not fit this network ({reason})") from error
     return student.eval().requires_grad_(False), about
 
@@ -113,7 +113,7 @@ def _rebuild(student: fx.GraphModule, plan: dict[str, Any], tensors: dict[str, T
     nodes = {node.name: node for node in student.graph.nodes}
     for name, kept in plan["activations"].items():
         act = ActivationQuantizer(kept["bits"], Scheme(symmetric=kept["symmetric"]))
-        act.low, act.high, act.ready = kept["low"], kept["low"] + 2 ** kept["bits"] - 1, True
+        act.low, act.high, act.ready = kept["low"], kept["low"] + 2 ** kept["bits"] - 1, kept["ready"]
         if "source" in kept:
             edge = Edge(nodes[kept["source"]], tuple(nodes[reader] for reader in kept["readers"]))
             insert_activation_quantizer(student, edge, act)

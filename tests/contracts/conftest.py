@@ -10,16 +10,15 @@ from zsq.methods import BASELINES, METHODS
 EVERY = {**METHODS, **BASELINES}
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "method" in metafunc.fixturenames:
-        metafunc.parametrize("method", EVERY)
+@pytest.fixture(params=EVERY)
+def method(request: pytest.FixtureRequest) -> str:
+    """The name of every method and control in turn."""
+    return request.param
 
 
 @functools.cache
 def _once(method: str, network: str, bits: str, seed: int) -> Result:
-    return quantize(
-        getattr(tiny, network)(), method, bits, effort="smoke", input_shape=tiny.SHAPE, seed=seed, device="cpu"
-    )
+    return quantize(getattr(tiny, network)(), method, bits, seed=seed, **tiny.settings(method))
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ from zsq.nets.load import load_network
 from zsq.quant import InsertFakeQuant
 from zsq.quant.quantizers import activation_quantizers, float_mode, weight_quantizers
 
-SETTINGS = {"effort": "smoke", "input_shape": tiny.SHAPE, "device": "cpu"}
-
 
 def state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -65,7 +63,7 @@ def test_every_quantized_edge_carries_at_most_two_to_the_bits_values(method, res
 def test_the_network_handed_in_is_untouched(method, training, tmp_path):
     network = tiny.cnn().train(training)
     before, flags = state(network), [parameter.requires_grad for parameter in network.parameters()]
-    quantize(network, method, "w4a4", out=tmp_path / "run", **SETTINGS)
+    quantize(network, method, "w4a4", out=tmp_path / "run", **tiny.settings(method))
     assert_same(state(network), before)
     assert all(module.training is training for module in network.modules())
     assert [parameter.requires_grad for parameter in network.parameters()] == flags
@@ -88,15 +86,15 @@ def test_the_teacher_is_untouched(method, cnn):
 
 def test_the_same_seed_gives_the_same_bits(method, result_of, photos):
     torch.rand(7)  # the global stream has no say
-    again = quantize(tiny.cnn(), method, "w3a4", seed=0, **SETTINGS)
+    again = quantize(tiny.cnn(), method, "w3a4", seed=0, **tiny.settings(method))
     first = result_of(method)
     assert_same(state(again.student), state(first.student))
     assert torch.equal(again.student(photos), first.student(photos))
 
 
 def test_global_randomness_is_neither_read_nor_moved(method):
-    before = torch.get_rng_state()
-    quantize(tiny.cnn(), method, **SETTINGS)
+    network, before = tiny.cnn(), torch.get_rng_state()
+    quantize(network, method, **tiny.settings(method))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -133,7 +131,7 @@ def test_a_run_that_dies_at_every_write_ends_with_the_same_bits(method, result_o
         with monkeypatch.context() as patch:
             patch.setattr(zsq.core.run, "save_atomically", write_and_die)
             try:
-                student = quantize(tiny.cnn(), method, "w3a4", out=tmp_path / "run", **SETTINGS).student
+                student = quantize(tiny.cnn(), method, "w3a4", out=tmp_path / "run", **tiny.settings(method)).student
             except Killed:
                 deaths += 1
     assert deaths >= 4  # identity, recipe, student, metrics, and every piece
@@ -144,7 +142,7 @@ def test_a_run_that_dies_at_every_write_ends_with_the_same_bits(method, result_o
 @pytest.mark.parametrize("network", ["cnn", "mobile", "gated"])
 def test_a_saved_student_computes_the_same_bits(method, network, tmp_path, photos):
     model = getattr(tiny, network)()
-    result = quantize(model, method, "w3a4", out=tmp_path / "run", **SETTINGS)
+    result = quantize(model, method, "w3a4", out=tmp_path / "run", **tiny.settings(method))
     assert bool(result.metrics["untraced"]) == (network == "gated")
     student, found = load(tmp_path / "run", model)
     assert found.input_shape == tiny.SHAPE
@@ -153,7 +151,7 @@ def test_a_saved_student_computes_the_same_bits(method, network, tmp_path, photo
 
 
 def test_another_teacher_is_refused_on_loading(method, tmp_path):
-    quantize(tiny.cnn(), method, out=tmp_path / "run", **SETTINGS)
+    quantize(tiny.cnn(), method, out=tmp_path / "run", **tiny.settings(method))
     other = tiny.lively(tiny.cnn(), seed=2)
     with pytest.raises(UnsupportedModel, match="other weights"):
         load(tmp_path / "run", other)
@@ -169,7 +167,7 @@ def test_every_leaf_can_be_overridden(method):
 
 
 def test_nothing_is_printed(method, tmp_path, capfd):
-    quantize(tiny.cnn(), method, out=tmp_path / "run", **SETTINGS)  # warnings are errors in all tests
+    quantize(tiny.cnn(), method, out=tmp_path / "run", **tiny.settings(method))  # warnings are errors in all tests
     assert capfd.readouterr() == ("", "")
 
 
@@ -217,32 +215,32 @@ def test_dead_channels_have_finite_scales(method, result_of, photos):
 def test_a_network_without_batchnorm_is_refused_or_works(method, plain, photos):
     fitting = [name for name, each in METHODS.items() if "bn" not in needs(each)]
     if "bn" not in needs(find_method(method)):
-        assert quantize(plain, method, **SETTINGS).student(photos).isfinite().all()
+        assert quantize(plain, method, **tiny.settings(method)).student(photos).isfinite().all()
     else:
         with pytest.raises(UnsupportedModel) as refusal:
-            quantize(plain, method, **SETTINGS)
+            quantize(plain, method, **tiny.settings(method))
         assert str(refusal.value).startswith(f"{method} reads BatchNorm layers with running statistics")
         assert str(refusal.value).endswith(f"methods that fit: {', '.join(fitting)}")
 
 
 def test_a_refused_network_leaves_no_folder_behind(plain, tmp_path):
     with pytest.raises(UnsupportedModel):
-        quantize(plain, "zeroq", out=tmp_path / "run", **SETTINGS)
+        quantize(plain, "zeroq", out=tmp_path / "run", **tiny.settings("zeroq"))
     assert not list(tmp_path.rglob("*.*"))
-    quantize(plain, "nearest", out=tmp_path / "run", **SETTINGS)  # the folder is free
+    quantize(plain, "nearest", out=tmp_path / "run", **tiny.settings("nearest"))  # the folder is free
 
 
 def test_a_network_object_is_left_where_it_is(method, cnn):
     network = load_network(cnn, input_shape=tiny.SHAPE)
     before = copy.deepcopy(network.module)
-    quantize(network, method, effort="smoke", device="cpu")
+    quantize(network, method, **{**tiny.settings(method), "input_shape": None})
     assert_same(state(network.module), state(before))
     assert not any(module._forward_pre_hooks for module in network.module.modules())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 def test_an_accelerator_sees_the_same_noise(method, result_of):
-    result = quantize(tiny.cnn().cuda(), method, "w3a4", **{**SETTINGS, "device": "cuda"})
+    result = quantize(tiny.cnn().cuda(), method, "w3a4", **{**tiny.settings(method), "device": "cuda"})
     here = result_of(method)
     assert result.student(torch.zeros(1, *tiny.SHAPE, device="cuda")).isfinite().all()
     if here.images is not None:

@@ -8,21 +8,15 @@ from pathlib import Path
 import pytest
 import tiny
 
-from zsq.methods import BASELINES, METHODS
 
 COUNTS = {"steps": 60, "samples": 24, "batch_size": 4}
 """Enough work for a kill to land in the middle of it."""
 
 
-def longer(name: str) -> dict[str, int]:
-    leaves = {**METHODS, **BASELINES}[name].leaves()
-    return {path: COUNTS[key] for path, _ in leaves if (key := path.rpartition(".")[2]) in COUNTS}
-
-
 def work(method: str, folder: Path) -> None:
     from zsq.api import quantize
 
-    quantize(tiny.cnn(), method, "w3a4", overrides=longer(method), input_shape=tiny.SHAPE, device="cpu", out=folder)
+    quantize(tiny.cnn(), method, "w3a4", out=folder, **tiny.settings(method, **COUNTS))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +27,6 @@ def processes():
     return context
 
 
-@pytest.mark.parametrize("method", {**METHODS, **BASELINES})
 def test_a_killed_run_resumes_with_the_same_bits(method, processes, tmp_path):
     def seconds(folder: Path, limit: float | None = None) -> float:
         process = processes.Process(target=work, args=(method, folder))

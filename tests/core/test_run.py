@@ -151,9 +151,10 @@ def test_a_loop_killed_at_any_write_ends_with_the_same_bits(tmp_path, monkeypatc
                 raise Killed
 
         folder = tmp_path / str(death)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             patch.setattr(zsq.core.run, "save_atomically", write)
-            train(folder)
+            with pytest.raises(Killed):
+                train(folder)
         _, found = train(folder)
         assert all(map(torch.equal, found, wanted)), death
 
@@ -248,9 +249,10 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for name in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(RunError, match=r"No space left .* it resumes"):
+        with monkeypatch.context() as patch:
             patch.setattr(os, name, fail)
-            save_atomically(path, b"new")
+            with pytest.raises(RunError, match=r"No space left .* it resumes"):
+                save_atomically(path, b"new")
         assert path.read_bytes() == b"old"
         assert [each.name for each in path.parent.iterdir()] == ["file"]
     save_atomically(path, b"new")
@@ -267,9 +269,10 @@ def test_a_full_disk_is_an_error_in_words_and_the_run_resumes(tmp_path, monkeypa
         kept.append(path)
         return opened(path, mode, *rest, **more)
 
-    with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot write .*checkpoint.pt .*make room"):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
-        train(tmp_path)
+        with pytest.raises(RunError, match=r"cannot write .*checkpoint\.pt .*make room"):
+            train(tmp_path)
     _, found = train(tmp_path)
     assert all(map(torch.equal, found, wanted))
 
@@ -280,9 +283,10 @@ def test_a_full_disk_says_so_in_the_log_too(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"cannot write .*log\.jsonl"):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
-        run.log("distill", 0, loss=1.0)
+        with pytest.raises(RunError, match=r"cannot write .*log\.jsonl"):
+            run.log("distill", 0, loss=1.0)
 
 
 def test_the_log_is_one_json_object_a_line(tmp_path):

@@ -380,3 +380,16 @@ def test_who_asks_for_the_size_is_no_consumer():
     graph = captured(function=lambda self, x: x.relu().reshape(x.shape[0] * 2, 2, 64).view(x.shape))
     relu = next(node for node in graph.graph.nodes if node.target == "relu")
     assert [node.target for node in consumers(producer(relu))] == ["relu"]
+
+
+def test_a_network_that_writes_into_its_input_leaves_the_example_alone():
+    class Shifts(Net):
+        def forward(self, x):
+            return super().forward(x.sub_(1))
+
+    example = images()
+    network = Shifts(nn.ReLU())
+    graph = capture(network, example)
+    assert_close(example, images(), rtol=0, atol=0)
+    assert_close(graph(example), network.eval()(example.clone()))
+    assert_close(example, images(), rtol=0, atol=0)

@@ -199,6 +199,10 @@ def test_layers_inside_an_untraced_module_are_quantized_in_place(job_of, apply):
     assert widths.pop("middle.right.input_quantizer") == 5
     assert list(widths.values()) == [8]  # of the head
     assert edge_of(student, "middle.left.input_quantizer") is None
+    hidden = ["middle.left <- input", "middle.right <- input"]
+    assert float_tensors(student) == ["stem <- images", *hidden]
+    student.middle.left.input_quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+    assert float_tensors(student) == ["stem <- images", hidden[1]]
 
 
 def test_what_a_hidden_layer_reads_lies_on_its_grid(job_of, apply):

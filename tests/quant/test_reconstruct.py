@@ -13,6 +13,7 @@ from zsq.quant.reconstruct import _squared_error
 from zsq.synthesis import Noise
 
 NOISE = Noise(samples=32)
+UNSEEN = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(11))
 
 
 def insert(rounding):
@@ -46,15 +47,12 @@ def test_every_block_comes_closer_than_round_to_nearest(name, job_of, apply, req
     ):
         job = job_of(network, "w2a8")
         apply(job, *passes, synthesizer=NOISE)
-        errors.append(block_errors(job.student, NOISE_IMAGES))
+        errors.append(block_errors(job.student, UNSEEN))
     nearest, learned = errors
     assert nearest.keys() == learned.keys()
     low = [block for block in nearest if block.startswith(("stages", "blocks"))]  # the ends have 8 bits
     assert len(low) == 2
     assert all(learned[block] < 0.7 * nearest[block] for block in low)
-
-
-NOISE_IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(11))
 
 
 def test_squared_error_by_hand():
@@ -68,13 +66,10 @@ def test_squared_error_by_hand():
     assert _squared_error(tokens, torch.zeros_like(tokens)).item() == 3.5
 
 
-def test_a_block_starts_at_the_teacher(resnet, images, job_of, apply):
-    job = job_of(resnet, "w4a32")
-    apply(job, insert(AdaRound()))
-    assert_close(block_errors(job.student, images)["stages.0.0"], 0.0, atol=0.05, rtol=0)  # clipped weights differ
-    job = job_of(resnet, "w4a32")
-    apply(job, InsertFakeQuant(rounding=AdaRound()))  # from extreme to extreme: nothing is clipped by more than a step
-    assert block_errors(job.student, images)["stages.0.0"] < 1e-2
+def test_a_block_without_activation_quantizers_starts_at_the_teacher(resnet, images, job_of, apply):
+    job = job_of(resnet, "w8a32")  # wide enough that a rounded zero point clips next to nothing
+    apply(job, InsertFakeQuant(rounding=AdaRound()))
+    assert max(block_errors(job.student, images).values()) < 1e-4
 
 
 def test_the_convolution_and_the_shortcut_of_a_block_read_one_node(resnet, job_of, apply):

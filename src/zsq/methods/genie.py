@@ -81,9 +81,9 @@ GENIE = Method(
     presets={
         "fast": {
             "synthesizer.samples": 128,
-            "synthesizer.steps": 500,
+            "synthesizer.steps": 250,
             "quantizer.reconstruct_blocks.samples": 128,
-            "quantizer.reconstruct_blocks.steps": 1_000,
+            "quantizer.reconstruct_blocks.steps": 500,
         },
         "qdrop-ends": {"quantizer.insert_fake_quant.protocol.ends.second_input": None},
     },

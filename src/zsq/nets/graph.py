@@ -70,7 +70,7 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
         UnsupportedModel: if ``model`` does not return one tensor, or the graph does not compute what ``model`` does.
     """
     original = copy.deepcopy(model).eval()
-    one = example[:1].detach()
+    one = example[:1].detach().clone()
     batches = one, torch.cat([one, one.flip(-1)])
     nodes, network, untraced = _trace(prepare(copy.deepcopy(original)), batches)
     graph = simplify(nodes, network, batches)
@@ -120,7 +120,7 @@ def _verify(graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> None:
 def _difference(graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> tuple[float, float]:
     """The largest output of ``model`` and the largest difference from it."""
     with torch.no_grad():
-        expected, found = model(batch), graph(batch)
+        expected, found = model(batch.clone()), graph(batch)  # the model may write into its input
     if not isinstance(expected, Tensor):
         raise UnsupportedModel(
             f"{type(model).__name__} returns a {type(expected).__name__}: wrap it to return its logits"

@@ -182,7 +182,7 @@ class LayerTracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Only the images vary."""
         images = self.create_proxy("placeholder", "images", (), {})
-        self._runs = [{images.node: batch} for batch in self.batches]
+        self._runs = [{images.node: batch.clone()} for batch in self.batches]
         return root_fn, [self.root, images]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from zsq.core import FLOAT, Recipe, RecipeError
 from zsq.nets.chains import ChannelClip
-from zsq.nets.graph import consumers, layers, matmuls, module_of, preserves_value
+from zsq.nets.graph import consumers, hidden_layers, layers, matmuls, module_of, preserves_value
 from zsq.quant.grid import PerChannel, PerTensor, Scheme
 
 __all__ = [
@@ -161,7 +161,10 @@ def is_activation(node: fx.Node) -> bool:
 
 
 def float_tensors(graph: fx.GraphModule) -> list[str]:
-    """The operands of layers, products, sums and concatenations that no quantizer touches, as ``reader <- value``."""
+    """The operands of layers, products, sums and concatenations that no quantizer touches, as ``reader <- value``.
+
+    The input of a layer inside an untraced module counts as quantized once the range of its quantizer is known.
+    """
     from zsq.quant.quantizers import ActivationQuantizer  # here, because quantizers know nothing of graphs
 
     readers = [*layers(graph), *(product.node for product in matmuls(graph))]
@@ -175,7 +178,8 @@ def float_tensors(graph: fx.GraphModule) -> list[str]:
             quantized = isinstance(module_of(origin), ActivationQuantizer)
             if "shape" in source.meta and origin.op != "get_attr" and not quantized:
                 left.append(f"{_label(reader)} <- {_label(source)}")
-    return left
+    hidden = {name: getattr(layer, "input_quantizer", None) for name, layer in hidden_layers(graph).items()}
+    return left + [f"{name} <- input" for name, each in hidden.items() if each is None or not each.ready]
 
 
 def seen_through(user: fx.Node) -> list[fx.Node]:

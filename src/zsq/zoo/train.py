@@ -55,7 +55,7 @@ class TrainingRecipe:
 RECIPES = {
     "digits-resnet": TrainingRecipe(epochs=60, lr=0.2, shift=1, padding="constant", flip=False),
     "resnet20-cifar10": TrainingRecipe(epochs=40, lr=0.2),
-    "mobilenetv2-cifar10": TrainingRecipe(epochs=20, lr=0.15, teacher="resnet20-cifar10"),
+    "mobilenetv2-cifar10": TrainingRecipe(epochs=24, lr=0.15, teacher="resnet20-cifar10"),
 }
 
 
