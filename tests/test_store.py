@@ -128,10 +128,7 @@ def test_outputs_are_equal_to_the_bit(method, name, tmp_path):
 def test_a_loaded_student_is_saved_as_the_same_file(saved):
     loaded, about = load_student(saved, build("resnet"), EXAMPLE)
     content = save_student(loaded, {key: about[key] for key in ("teacher", "method")})
-    first, second = (safetensors.torch.load(each) for each in (saved.read_bytes(), content))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert metadata(content) == about  # their order in the file is not fixed
+    assert content == saved.read_bytes()
 
 
 def test_weights_take_their_bits_and_no_float_copy_is_kept(saved):
@@ -195,7 +192,7 @@ def test_a_network_of_another_size_is_refused(network, saved):
 
 def metadata(content):
     size = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + size])["__metadata__"]
+    return json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["zsq"])
 
 
 def rewritten(saved, path, change):
@@ -205,7 +202,7 @@ def rewritten(saved, path, change):
     plan = json.loads(about["plan"])
     replaced = change(plan, tensors)
     about["plan"] = json.dumps(plan) if replaced is None else replaced
-    path.write_bytes(safetensors.torch.save(tensors, about))
+    path.write_bytes(safetensors.torch.save(tensors, {"zsq": json.dumps(about)}))
 
 
 def lose(tensors, name):

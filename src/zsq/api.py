@@ -96,7 +96,7 @@ def quantize(
     bits = Bits.parse(bits)
     network = _network(model, checkpoint=checkpoint, input_shape=input_shape, mean=mean, std=std)
     run = Run(out, seed=seed, device=device, reporter=reporter)
-    teacher = Teacher(network.module.to("cpu"))
+    teacher = Teacher(network.module)
     _check(recipe, teacher)
     images = _images(data, network)
     digest = teacher.digest()

@@ -76,7 +76,8 @@ def save_student(student: fx.GraphModule, origin: dict[str, str]) -> bytes:
         if ".parametrizations.weight." not in name:
             tensors[name] = tensor.detach().cpu().contiguous()
     plan = {"weights": weights, "activations": activations, "edits": student.meta.get("edits", [])}
-    return safetensors.torch.save(tensors, {"format": _FORMAT, "plan": json.dumps(plan), **origin})
+    about = json.dumps({"format": _FORMAT, "plan": json.dumps(plan), **origin}, sort_keys=True)
+    return safetensors.torch.save(tensors, {"zsq": about})  # one key: the order of several is not fixed in the file
 
 
 def load_student(path: Path, network: nn.Module, example: Tensor) -> tuple[fx.GraphModule, dict[str, str]]:
@@ -87,10 +88,14 @@ def load_student(path: Path, network: nn.Module, example: Tensor) -> tuple[fx.Gr
     """
     try:
         with safe_open(path, "pt") as file:
-            about: dict[str, str] = file.metadata() or {}
+            header = (file.metadata() or {}).get("zsq", "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is no complete safetensors file ({error})") from error
+    try:
+        about: dict[str, str] = dict(json.loads(header))
+    except ValueError:
+        about = {}
     if about.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no student saved by this version of zsq")
     student = capture(network, example)

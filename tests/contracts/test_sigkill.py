@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import tiny
 
-
 COUNTS = {"steps": 60, "samples": 24, "batch_size": 4}
 """Enough work for a kill to land in the middle of it."""
 

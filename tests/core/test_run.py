@@ -230,7 +230,7 @@ def test_a_process_killed_in_its_first_write_does_not_block_the_folder(tmp_path)
 
 def test_a_file_in_the_way_is_an_error_in_words(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RunError, match="cannot create .*: choose another folder"):
+    with pytest.raises(RunError, match=r"cannot create .*: choose another folder"):
         here(tmp_path / "file" / "run")
 
 

@@ -5,14 +5,18 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.testing import assert_close
 
-from zsq.core.errors import MissingExtra
+from zsq.core import Bits, Job, MissingExtra, Run, Source, Teacher
+from zsq.methods.nearest import NEAREST
 from zsq.nets.chains import equalizable_chains, make_equivariant, scale_channels
 from zsq.nets.compat import import_timm, import_torchvision
 from zsq.nets.folding import fold_batchnorms, output_first
 from zsq.nets.graph import blocks, capture, extract, hidden_layers, layers, matmuls
+from zsq.quant.placement import float_tensors, moves_values
+from zsq.quant.quantizers import float_mode, weight_quantizers
+from zsq.synthesis import Noise
 
 NETWORKS = {
     "torchvision:resnet18": 64,
@@ -115,6 +119,33 @@ def test_folding_and_scaling_change_nothing(case):
         clip = None if link.clip is None else folded.get_submodule(nodes[link.clip].target)
         scale_channels(first, second, clip, (0.5 * torch.randn(len(output_first(first, first.weight)))).exp())
     assert_same(folded(images), expected)
+
+
+def test_w8a8_nearest_runs_forward_and_backward(case):
+    name, model, graph, images = case
+    run, student = Run(device="cpu"), copy.deepcopy(graph)
+    job = Job(Teacher(model), student, Bits(8, 8), run, tuple(images.shape[1:]))
+    source = Source(Noise(samples=2), job)
+    for step in NEAREST.quantizer:
+        step.apply(job, source)
+    with torch.no_grad(), float_mode(student):
+        assert_same(student(images), model(images))
+    x = images[:1].clone().requires_grad_()
+    student(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().max() > 0
+    called = {str(node.target) for node in layers(student)} | set(hidden_layers(student))
+    assert set(weight_quantizers(student)) == called
+    reported = float_tensors(student)
+    for node in layers(student):
+        sources = [each for each in node.all_input_nodes if each.op != "get_attr"]
+        quantized = any("activation_quantizers" in str(each.target) for each in upstream(sources))
+        assert quantized or any(line.startswith(f"{node.target} <- ") for line in reported), (name, node.target)
+
+
+def upstream(nodes: list[fx.Node]) -> list[fx.Node]:
+    """``nodes`` and everything before them that only moves values."""
+    return [*nodes, *(each for node in nodes if moves_values(node) for each in upstream(node.all_input_nodes[:1]))]
 
 
 BLOCKS = {

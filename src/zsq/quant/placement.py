@@ -27,6 +27,7 @@ __all__ = [
     "QuantizationProtocol",
     "float_tensors",
     "is_activation",
+    "moves_values",
     "seen_through",
 ]
 
@@ -90,7 +91,7 @@ class EveryEdge(Recipe):
         return [
             Edge(node, readers)
             for node in graph.graph.nodes
-            if "shape" in node.meta and node.op not in ("get_attr", "output") and not _moves_values(node)
+            if "shape" in node.meta and node.op not in ("get_attr", "output") and not moves_values(node)
             if (readers := tuple(user for user in node.users if user.op != "output" and not _fuses(node, user)))
         ]
 
@@ -173,7 +174,7 @@ def float_tensors(graph: fx.GraphModule) -> list[str]:
     for reader in dict.fromkeys(readers):
         for source in reader.all_input_nodes:
             origin = source
-            while _moves_values(origin) and origin.all_input_nodes:
+            while moves_values(origin) and origin.all_input_nodes:
                 origin = origin.all_input_nodes[0]
             quantized = isinstance(module_of(origin), ActivationQuantizer)
             if "shape" in source.meta and origin.op != "get_attr" and not quantized:
@@ -189,7 +190,7 @@ def seen_through(user: fx.Node) -> list[fx.Node]:
 
 def _fuses(node: fx.Node, user: fx.Node) -> bool:
     """Whether ``user`` is computed together with ``node`` on real hardware, so that no tensor lies between them."""
-    if _moves_values(user):
+    if moves_values(user):
         return False
     layer_before = module_of(node) is not None and node in layers(user.graph.owning_module)  # type: ignore[arg-type]
     norm = isinstance(module_of(user), nn.modules.batchnorm._BatchNorm)
@@ -202,7 +203,7 @@ _MOVING_FUNCTIONS |= {operator.getitem, torch.chunk, torch.split, F.max_pool2d, 
 _MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.MaxPool2d, nn.ChannelShuffle, nn.ZeroPad2d)
 
 
-def _moves_values(node: fx.Node) -> bool:
+def moves_values(node: fx.Node) -> bool:
     """Whether ``node`` only picks or moves values: what it makes lies on the grid of what it reads."""
     if preserves_value(node) or isinstance(module_of(node), _MOVING_MODULES):
         return True

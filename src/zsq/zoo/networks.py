@@ -24,6 +24,7 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` as the class says."""
         out: Tensor = self.relu2(self.conv2(self.relu1(self.conv1(x))) + self.shortcut(x))
         return out
 
@@ -31,7 +32,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """The CIFAR ResNet of He et al. 2016: a 3x3 stem, one stage per width, global average pooling.
 
-    ``depth`` blocks a stage and ``widths`` (16, 32, 64) make ResNet-20. Images (N, ``channels``, H, W) to logits (N, K).
+    ``depth`` 3 and ``widths`` (16, 32, 64) make ResNet-20. Images (N, ``channels``, H, W) to logits (N, K).
     """
 
     def __init__(self, depth: int, widths: tuple[int, ...], classes: int, channels: int = 3) -> None:
@@ -49,6 +50,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` as the class says."""
         logits: Tensor = self.head(self.pool(self.stages(self.stem(x))).flatten(1))
         return logits
 
@@ -65,6 +67,7 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` as the class says."""
         out: Tensor = self.body(x)
         return x + out if self.residual else out
 
@@ -91,5 +94,6 @@ class MobileNetV2(nn.Module):
         self.head = nn.Linear(last, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` as the class says."""
         logits: Tensor = self.head(self.pool(self.last(self.blocks(self.stem(x)))).flatten(1))
         return logits
