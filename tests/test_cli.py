@@ -123,7 +123,7 @@ def test_show_applies_preset_and_effort(capsys: pytest.CaptureFixture[str]):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "genie: Genie: Show Me the Data for Quantization (CVPR 2023, arXiv 2212.04780)"
     assert "quantizer.insert_fake_quant.protocol.ends.second_input = None" in lines
-    assert "quantizer.reconstruct_blocks.steps = 1000" in lines
+    assert "quantizer.reconstruct_blocks.steps = 500" in lines
 
 
 def test_diff(capsys: pytest.CaptureFixture[str]):

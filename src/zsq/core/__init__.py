@@ -12,7 +12,7 @@ from zsq.core.errors import (
 )
 from zsq.core.loss import Loss, Objective, start
 from zsq.core.method import FLOAT, Bits, Job, Method, NoData, Paper, Pass, Synthesizer, smoke
-from zsq.core.recipe import Recipe, check_counts, diff, needs, show, walk
+from zsq.core.recipe import Recipe, check_counts, check_positive, diff, needs, show, walk
 from zsq.core.run import Reporter, Run
 from zsq.core.source import Batch, Source
 from zsq.core.teacher import BNInput, Teacher, View
@@ -45,6 +45,7 @@ __all__ = [
     "View",
     "ZsqError",
     "check_counts",
+    "check_positive",
     "diff",
     "needs",
     "show",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 
 from zsq.core.errors import RecipeError
 
-__all__ = ["Recipe", "check_counts", "diff", "needs", "show", "snake", "walk"]
+__all__ = ["Recipe", "check_counts", "check_positive", "diff", "needs", "show", "snake", "walk"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,13 @@ def check_counts(recipe: Recipe, *names: str) -> None:
     for name in names:
         if getattr(recipe, name) < 1:
             raise RecipeError(f"{type(recipe).__name__}.{name} must be at least 1, got {getattr(recipe, name)}")
+
+
+def check_positive(recipe: Recipe, *names: str) -> None:
+    """Raise RecipeError unless every named field is above 0 (not a number is not)."""
+    for name in names:
+        if not getattr(recipe, name) > 0:
+            raise RecipeError(f"{type(recipe).__name__}.{name} must be positive, got {getattr(recipe, name)}")
 
 
 def snake(name: str) -> str:

@@ -12,7 +12,7 @@ from zsq.nets.folding import count_readers, output_first, store, why_fixed
 from zsq.nets.graph import layers, module_of, preserves_value
 from zsq.nets.tracing import LAYERS, Layer, asks_size
 
-__all__ = ["Chain", "ChannelClip", "Link", "equalizable_chains", "make_equivariant", "scale_channels"]
+__all__ = ["Chain", "ChannelClip", "Link", "clip_limit", "equalizable_chains", "make_equivariant", "scale_channels"]
 
 
 class ChannelClip(nn.Module):
@@ -91,7 +91,7 @@ def make_equivariant(graph: fx.GraphModule, exact: bool = True) -> None:
     links = {link.clip: link for chain in equalizable_chains(graph) for link in chain.links if link.clip is not None}
     calls = [node.target for node in graph.graph.nodes]
     for node in graph.graph.nodes:
-        limit = _clip_limit(node)
+        limit = clip_limit(node)
         if node.name not in links or limit is None:
             continue
         first = graph.get_submodule(links[node.name].first)
@@ -151,7 +151,7 @@ def _link(node: fx.Node) -> Link | None:
             else:
                 fits = not linear and (groups == 1 or groups == layer.in_channels == layer.out_channels)
             return Link(str(node.target), str(reader.target), tuple(between), clip) if fits else None
-        if isinstance(layer, ChannelClip) or _clip_limit(reader) is not None:
+        if isinstance(layer, ChannelClip) or clip_limit(reader) is not None:
             # A clip for each channel needs dimension 1 to be the channels, and one factor can move only one clip.
             if clip is not None or (linear and len(value.meta["shape"]) > 2):
                 return None
@@ -186,7 +186,7 @@ def _keeps_channels(node: fx.Node, value: fx.Node, linear: bool) -> bool:
     return type(module) in _SPATIAL or node.target in _SPATIAL_CALLS
 
 
-def _clip_limit(node: fx.Node) -> float | None:
+def clip_limit(node: fx.Node) -> float | None:
     """The upper limit, if ``node`` clips to [0, limit]."""
     module = module_of(node)
     low: Any

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from zsq.core import Job, Recipe, RecipeError, Source
-from zsq.nets.chains import ChannelClip
+from zsq.nets.chains import ChannelClip, clip_limit
 from zsq.nets.folding import output_first
 from zsq.nets.graph import layers, module_of
 from zsq.nets.tracing import LAYERS
@@ -157,11 +157,14 @@ def _clip(x: Spread, low: float, high: float | Tensor) -> Spread:
 
 
 def _clip_limits(node: fx.Node, module: nn.Module | None) -> tuple[float, float] | None:
+    limit = clip_limit(node)
+    if limit is not None:
+        return 0.0, limit
     if isinstance(module, nn.Hardtanh):
         return float(module.min_val), float(module.max_val)
     if isinstance(module, nn.ReLU) or node.target in (F.relu, torch.relu, "relu", "relu_"):
         return 0.0, math.inf
-    return (0.0, 6.0) if node.target is F.relu6 else None
+    return None
 
 
 _SMOOTH_MODULES = (nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Mish)

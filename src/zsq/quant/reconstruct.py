@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from zsq.core import Job, Recipe, RecipeError, Source, check_counts
+from zsq.core import Job, Recipe, RecipeError, Source, check_counts, check_positive
 from zsq.nets.graph import blocks, extract
 from zsq.quant.grid import LpError, Range
 from zsq.quant.quantizers import activation_quantizers, float_mode, mix, random_mask, weight_quantizers
@@ -53,6 +53,9 @@ class ReconstructBlocks(Recipe):
 
     def __post_init__(self) -> None:
         check_counts(self, "samples", "steps", "batch_size")
+        check_positive(self, "lr_rounding")
+        if not (self.lr_weight_scale >= 0 and self.lr_activation_scale >= 0 and self.round_weight >= 0):
+            raise RecipeError("the learning rates of scales and round_weight cannot be negative; 0 keeps them fixed")
         if not 0 <= self.drop < 1 or not 0 <= self.warm_up < 1:
             raise RecipeError(f"drop and warm_up must lie in [0, 1), got {self.drop} and {self.warm_up}")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from zsq.core import Batch, Job, Loss, Objective, Recipe, RecipeError, check_counts, needs, start
+from zsq.core import Batch, Job, Loss, Objective, Recipe, RecipeError, check_counts, check_positive, needs, start
 from zsq.synthesis.sampling import GaussianPixels, ShiftAndFlip, UniformLabels
 
 __all__ = ["Noise", "OptimizeImages", "Piece", "PixelInit", "Plateau", "batch_sizes", "made"]
@@ -39,6 +39,8 @@ class Plateau(Recipe):
     min_lr: float = 1e-4
 
     def __post_init__(self) -> None:
+        if self.patience < 0 or not self.min_lr >= 0:
+            raise RecipeError(f"patience and min_lr cannot be negative, got {self.patience} and {self.min_lr}")
         if not 0 < self.factor < 1:
             raise RecipeError(f"factor must lie between 0 and 1, got {self.factor}")
 
@@ -89,6 +91,7 @@ class OptimizeImages(Recipe):
 
     def __post_init__(self) -> None:
         check_counts(self, "samples", "batch_size", "steps")
+        check_positive(self, "lr")
 
     def stream(self, job: Job) -> Iterator[Batch]:
         """The batches, each a piece of work of its own."""

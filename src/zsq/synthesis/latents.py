@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 
-from zsq.core import Batch, Job, Loss, Objective, Recipe, check_counts, needs, start
+from zsq.core import Batch, Job, Loss, Objective, Recipe, check_counts, check_positive, needs, start
 from zsq.synthesis.images import Piece, Plateau, batch_sizes, made
 from zsq.synthesis.networks import UpsampleGenerator
 
@@ -54,6 +54,7 @@ class OptimizeLatents(Recipe):
 
     def __post_init__(self) -> None:
         check_counts(self, "samples", "batch_size", "steps", "decay_every")
+        check_positive(self, "lr_latents", "lr_generator", "decay")
 
     def stream(self, job: Job) -> Iterator[Batch]:
         """The batches, each a piece of work of its own."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zsq.core import Recipe, RecipeError
+from zsq.core import Recipe, RecipeError, check_positive
 
 __all__ = ["GaussianPixels", "ShiftAndFlip", "UniformLabels", "UniformPixels"]
 
@@ -25,6 +25,9 @@ class GaussianPixels(Recipe):
 
     std: float = 1.0
     """Standard deviation; 1 is what a normalised photograph has."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "std")
 
     def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         """Pixels of ``shape`` (N, C, H, W)."""
