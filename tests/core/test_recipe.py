@@ -198,12 +198,10 @@ def test_recipes_are_frozen_and_take_names_only():
 
 
 def test_a_learning_rate_must_be_a_positive_number():
-    for path, value in (
-        ("synthesizer.lr", -0.5),
-        ("synthesizer.lr", float("nan")),
-        ("synthesizer.schedule.min_lr", 0.0),
-    ):
-        with pytest.raises(RecipeError, match=r"must be positive, got"):
-            METHODS["zeroq"].override({path: value})
+    for value in (-0.5, float("nan")):
+        with pytest.raises(RecipeError, match=r"OptimizeImages.lr must be positive, got"):
+            METHODS["zeroq"].override({"synthesizer.lr": value})
+    with pytest.raises(RecipeError, match="cannot be negative"):
+        METHODS["zeroq"].override({"synthesizer.schedule.min_lr": -1.0})
     with pytest.raises(RecipeError, match="cannot be negative"):
         METHODS["genie"].override({"quantizer.reconstruct_blocks.lr_weight_scale": -1e-4})
