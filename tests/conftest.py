@@ -4,10 +4,14 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from zsq.core import Bits, Job, Run, Teacher
 from zsq.nets.graph import capture
+
+settings.register_profile("zsq", deadline=None, derandomize=True)  # a busy machine is not a failure, nor is bad luck
+settings.load_profile("zsq")
 
 
 @pytest.fixture(autouse=True)

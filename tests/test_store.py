@@ -4,7 +4,7 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -89,7 +89,6 @@ def saved(tmp_path_factory):
     return path
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.data())
 def test_unpacking_gives_back_what_was_packed(bits, data):
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple))

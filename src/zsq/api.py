@@ -1,5 +1,6 @@
 """The library in five calls: quantize, synthesize, load, evaluate, resolve."""
 
+import io
 import json
 import platform
 import resource
@@ -10,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
@@ -26,11 +28,11 @@ from zsq.core import (
     Source,
     Teacher,
     UnsupportedModel,
-    diff,
     needs,
     show,
     smoke,
 )
+from zsq.core.recipe import snake
 from zsq.evaluate import Accuracy, Images, check_images, evaluate, read_images
 from zsq.methods import BASELINES, METHODS
 from zsq.nets.graph import capture
@@ -284,11 +286,6 @@ def find_protocol(protocol: str | QuantizationProtocol) -> QuantizationProtocol:
     return PROTOCOLS[protocol]
 
 
-def compare_recipes(old: Method, new: Method) -> str:
-    """What distinguishes two recipes, a line each."""
-    return diff(old, new)
-
-
 def pixel_range(network: Network) -> tuple[float, float]:
     """The least and the largest value of a normalised pixel of ``network``."""
     ends = [((end - mean) / std) for mean, std in zip(network.mean, network.std, strict=True) for end in (0.0, 1.0)]
@@ -340,8 +337,6 @@ def protocol_of(recipe: Method) -> QuantizationProtocol:
 
 
 def _stage(step: object) -> str:
-    from zsq.core.recipe import snake
-
     return snake(type(step).__name__)
 
 
@@ -362,9 +357,6 @@ def _peak_memory_mb() -> int:
 
 
 def _write_images(run: Run, made: Batch, network: Network) -> None:
-    import io
-
-    import safetensors.torch
     from PIL import Image
 
     tensors = {"images": made.images.cpu().contiguous()}

@@ -2,7 +2,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zsq.core import Loss, Recipe, RecipeError, check_counts, diff, needs, show, walk
@@ -178,7 +178,6 @@ def test_leaves_of_shipped_recipes_refuse_another_type(recipe):
             recipe.override({path: object()})
 
 
-@settings(deadline=None)
 @given(st.sampled_from(list(RECIPES.values())), st.data())
 def test_one_changed_number_is_one_changed_line(recipe, data):
     numbers = [(path, value) for path, value in recipe.leaves() if isinstance(value, int) and value > 32]

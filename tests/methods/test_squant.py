@@ -119,7 +119,7 @@ def slow_squant(x, low, high, kernels, channels):
     return made
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2**31),
     st.sampled_from([(3, 5, 9), (2, 4, 1), (1, 7, 4), (4, 1, 9)]),
@@ -141,7 +141,6 @@ def test_against_a_slow_transcription(seed, shape, kernels, channels, ends):
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from([1, 2, 3]), st.sampled_from([1, 3]))
 
 
-@settings(deadline=None)
 @given(shapes, st.integers(0, 2**31))
 def test_every_sum_is_bounded(shape, seed):
     x = random(*shape, seed=seed)
@@ -155,7 +154,6 @@ def test_every_sum_is_bounded(shape, seed):
     assert (integers(C, x) - x).flatten(1).sum(1).abs().max() <= 0.5 + 1e-4
 
 
-@settings(deadline=None)
 @given(shapes, st.integers(2, 8), st.integers(0, 2**31))
 def test_the_ends_of_the_grid_are_respected(shape, bits, seed):
     layer = nn.Conv2d(shape[1], shape[0], shape[2:])

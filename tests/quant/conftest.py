@@ -2,15 +2,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import nn
 
 from zsq.core import Bits, Job, NoData, Run, Source, Teacher
 from zsq.nets.graph import capture
 from zsq.zoo.networks import InvertedResidual, ResNet
-
-settings.register_profile("zsq", deadline=None)  # a busy machine is not a failure
-settings.load_profile("zsq")
 
 
 class TinyMobileNet(nn.Module):

@@ -11,18 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zsq.core import FLOAT, Method, Paper, Recipe, RecipeError
-from zsq.quant import (
-    Calibrate,
-    Constant,
-    Ends,
-    InsertFakeQuant,
-    LayerInputs,
-    PerTensor,
-    QuantizationProtocol,
-    Range,
-    Scheme,
-)
+from zsq.core import FLOAT, Method, Paper, Recipe, check_positive
+from zsq.quant import Calibrate, Constant, Ends, InsertFakeQuant, LayerInputs, QuantizationProtocol, Range, Scheme
 from zsq.synthesis import Noise, UniformPixels
 
 
@@ -80,8 +70,7 @@ class PositiveSigma(Range):
     """The multiple."""
 
     def __post_init__(self) -> None:
-        if self.sigmas <= 0:
-            raise RecipeError(f"sigmas must be positive, got {self.sigmas}")
+        check_positive(self, "sigmas")
 
     def of(self, rows: Tensor, bits: int, scheme: Scheme, signed: bool) -> tuple[Tensor, Tensor]:
         """The interval; below 6 bits it ends at the largest value seen."""
@@ -107,10 +96,10 @@ SQUANT = Method(
     quantizer=(
         InsertFakeQuant(
             protocol=QuantizationProtocol(
-                name="minmax-ptq",
+                name="minmax-ptq-inputs",
                 placement=LayerInputs(),
                 ends=Ends(first_input=FLOAT, last_input=8),
-                activations=Scheme(symmetric=True, granularity=PerTensor()),
+                activations=Scheme(symmetric=True),
             ),
             rounding=SQuantRounding(),
         ),

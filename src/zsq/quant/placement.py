@@ -12,6 +12,7 @@ from zsq.core import FLOAT, Recipe, RecipeError
 from zsq.nets.chains import ChannelClip
 from zsq.nets.graph import consumers, hidden_layers, layers, matmuls, module_of, preserves_value
 from zsq.quant.grid import PerChannel, PerTensor, Scheme
+from zsq.quant.quantizers import ActivationQuantizer
 
 __all__ = [
     "MINMAX_PTQ",
@@ -166,8 +167,6 @@ def float_tensors(graph: fx.GraphModule) -> list[str]:
 
     The input of a layer inside an untraced module counts as quantized once the range of its quantizer is known.
     """
-    from zsq.quant.quantizers import ActivationQuantizer  # here, because quantizers know nothing of graphs
-
     readers = [*layers(graph), *(product.node for product in matmuls(graph))]
     readers += [node for node in graph.graph.nodes if node.target in _ARITHMETIC]
     left = []

@@ -13,6 +13,7 @@ from zsq.nets.graph import layers, module_of
 from zsq.nets.tracing import LAYERS
 from zsq.quant.layers import fold
 from zsq.quant.moments import spreads, through_layer
+from zsq.quant.placement import is_activation
 from zsq.quant.quantizers import float_weight, weight_quantizer
 
 __all__ = ["AbsorbBiases", "CorrectBiases", "EqualizeLayers"]
@@ -167,6 +168,4 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _bends(node: fx.Node) -> bool:
-    from zsq.quant.placement import is_activation
-
     return is_activation(node) or module_of(node) is None
