@@ -10,7 +10,7 @@ from torch import nn
 
 from zsq.core import Bits, CheckpointError, Job, Run, Source, Teacher, smoke
 from zsq.methods import BASELINES, METHODS
-from zsq.nets.chains import ChannelClip
+from zsq.nets.clip import ChannelClip
 from zsq.nets.graph import capture
 from zsq.quant import Scheme
 from zsq.quant.placement import float_tensors

@@ -1,11 +1,13 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 from zsq.core import MissingView, Teacher, View
+from zsq.nets.graph import capture
 
 
 def hooks(network: nn.Module) -> int:
@@ -118,3 +120,16 @@ def test_the_digest_is_the_identity_of_the_weights(cnn):
     with torch.no_grad():
         cnn[1].running_var[0] += 1e-6
     assert Teacher(cnn).digest() != digest
+
+
+def test_a_copy_of_the_network_copies_no_teacher(cnn):
+    # a hook bound to the teacher made a captured student drag a second network behind it, and broke its copies
+    teacher = Teacher(capture(cnn, torch.zeros(2, *tiny.SHAPE)))
+    clone = copy.deepcopy(capture(teacher.module, torch.zeros(2, *tiny.SHAPE)))
+    x = torch.randn(2, *tiny.SHAPE)
+    assert torch.equal(clone(x), teacher.module(x))
+    assert not any(isinstance(getattr(hook, "__self__", None), Teacher) for hook in pre_hooks(clone))
+
+
+def pre_hooks(network: nn.Module) -> list[object]:
+    return [hook for module in network.modules() for hook in module._forward_pre_hooks.values()]

@@ -4,7 +4,7 @@ from torch import nn
 
 from zsq.core import Bits, Job, NoData, Run, Source, Teacher
 from zsq.methods import METHODS
-from zsq.nets.chains import ChannelClip
+from zsq.nets.clip import ChannelClip
 from zsq.nets.graph import capture
 
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn, tensor
 from torch.testing import assert_close
 
-from zsq.nets.chains import Chain, ChannelClip, equalizable_chains, make_equivariant, scale_channels
+from zsq.nets.chains import Chain, equalizable_chains, make_equivariant, scale_channels
+from zsq.nets.clip import ChannelClip
 from zsq.nets.folding import fold_batchnorms, output_first
 from zsq.nets.graph import blocks, capture
 from zsq.zoo.networks import MobileNetV2, ResNet
@@ -215,3 +216,9 @@ def test_relu_instead_of_the_exact_clip():
     assert [type(module) for module in graph.children()] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU6]
     assert not torch.allclose(graph(images), before)
     assert equalizable_chains(graph)[0].links[0].clip is None
+
+
+def test_a_network_that_already_has_channel_clips_keeps_its_chains():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), ChannelClip(torch.rand(4) + 1), nn.Conv2d(4, 2, 1)).eval()
+    (chain,) = equalizable_chains(capture(network, torch.zeros(2, 3, 4, 4)))
+    assert chain.layers == ("0", "2")

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from zsq.core import RecipeError
 from zsq.methods import METHODS
-from zsq.nets.chains import ChannelClip, equalizable_chains, make_equivariant, scale_channels
+from zsq.nets.chains import equalizable_chains, make_equivariant, scale_channels
+from zsq.nets.clip import ChannelClip
 from zsq.nets.graph import capture
 from zsq.quant import (
     SIMULATE_ALL,

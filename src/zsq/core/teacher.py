@@ -66,8 +66,9 @@ class Teacher:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self._bn: list[BNInput] | None = None
-        self._hooks = [layer.register_forward_pre_hook(self._record_bn) for layer in self._batchnorms()]
+        self._recorder = _Recorder()
+        for layer in self._batchnorms():
+            layer.register_forward_pre_hook(self._recorder)
 
     @property
     def offers(self) -> frozenset[str]:
@@ -81,19 +82,21 @@ class Teacher:
 
     def view(self, images: Tensor, needs: frozenset[str] = frozenset(), **more: Any) -> View:
         """One forward pass of ``images`` (N, C, H, W), recording only what is in ``needs``; ``more`` is passed on."""
-        self._bn = [] if "bn" in needs else None
+        seen: list[BNInput] | None = [] if "bn" in needs else None
+        self._recorder.seen = seen
         try:
             logits: Tensor = self.module(images)
-            return View(images, logits, bn=self._bn, **more)
+            return View(images, logits, bn=seen, **more)
         finally:
-            self._bn = None
+            self._recorder.seen = None
 
     def changed(self, change: Callable[[nn.Module], nn.Module]) -> "Teacher":
         """A teacher made of a changed copy of the network; ``change`` may modify its argument."""
-        for hook in self._hooks:  # they are ours alone: a copy of them would keep this teacher alive
-            hook.remove()
         clone = copy.deepcopy(self.module)
-        self._hooks = [layer.register_forward_pre_hook(self._record_bn) for layer in self._batchnorms()]
+        for layer in clone.modules():  # the copy's recorder is nobody's; the user's own hooks stay
+            for key, hook in list(layer._forward_pre_hooks.items()):
+                if isinstance(hook, _Recorder):
+                    del layer._forward_pre_hooks[key]
         return Teacher(change(clone))
 
     def digest(self) -> str:
@@ -107,9 +110,19 @@ class Teacher:
     def _batchnorms(self) -> list[_BatchNorm]:
         return [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
-    def _record_bn(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self._bn is not None:
+
+class _Recorder:
+    """The hook that keeps what enters BatchNorm layers while ``seen`` is a list.
+
+    It knows no teacher, so that a copy of the network copies nothing more.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[BNInput] | None = None
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.seen is not None:
             assert isinstance(layer, _BatchNorm)
             assert layer.running_mean is not None
             assert layer.running_var is not None
-            self._bn.append(BNInput(inputs[0], layer.running_mean, layer.running_var))
+            self.seen.append(BNInput(inputs[0], layer.running_mean, layer.running_var))

@@ -8,30 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from zsq.nets.clip import ChannelClip
 from zsq.nets.folding import count_readers, output_first, store, why_fixed
 from zsq.nets.graph import layers, module_of, preserves_value
 from zsq.nets.tracing import LAYERS, Layer, asks_size
 
 __all__ = ["Chain", "ChannelClip", "Link", "clip_limit", "equalizable_chains", "make_equivariant", "scale_channels"]
-
-
-class ChannelClip(nn.Module):
-    """ReLU6 with a limit of its own for each channel: (N, C, ...) clipped to [0, limit_c].
-
-    >>> ChannelClip(torch.tensor([6.0, 3.0]))(torch.tensor([[-1.0, 5.0]])).tolist()
-    [[0.0, 3.0]]
-    """
-
-    limit: Tensor
-    """(C,)."""
-
-    def __init__(self, limit: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("limit", limit)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x``, clipped."""
-        return torch.minimum(x.clamp(min=0), self.limit.reshape(-1, *[1] * (x.dim() - 2)))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from zsq.nets.clip import ChannelClip
+
 __all__ = ["LAYERS", "LAYER_FUNCTIONS", "Layer", "LayerTracer", "Untraceable", "asks_size", "is_layer", "prepare"]
 
 Layer: TypeAlias = _ConvNd | nn.Linear
@@ -177,7 +179,7 @@ class LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Layers, and what turned out to be untraceable."""
-        return module_qualified_name in self.untraced or is_layer(m)
+        return module_qualified_name in self.untraced or is_layer(m) or isinstance(m, ChannelClip)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Only the images vary."""

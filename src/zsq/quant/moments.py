@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from zsq.core import Job, Recipe, RecipeError, Source
-from zsq.nets.chains import ChannelClip, clip_limit
+from zsq.nets.chains import clip_limit
+from zsq.nets.clip import ChannelClip
 from zsq.nets.folding import output_first
 from zsq.nets.graph import layers, module_of
 from zsq.nets.tracing import LAYERS

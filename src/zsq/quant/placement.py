@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from zsq.core import FLOAT, Recipe, RecipeError
-from zsq.nets.chains import ChannelClip
+from zsq.nets.clip import ChannelClip
 from zsq.nets.graph import consumers, hidden_layers, layers, matmuls, module_of, preserves_value
 from zsq.quant.grid import PerChannel, PerTensor, Scheme
 from zsq.quant.quantizers import ActivationQuantizer
