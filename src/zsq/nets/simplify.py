@@ -98,7 +98,7 @@ def functionalize(nodes: fx.Graph, network: nn.Module) -> None:
         node.all_input_nodes[0].replace_all_uses_with(node, lambda user, here=here: position[user] > here)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if node.op == "call_module":
-            network.get_submodule(str(node.target)).inplace = False  # type: ignore[assignment]
+            network.get_submodule(str(node.target)).inplace = False  # type: ignore[assignment]  # no Tensor
         elif (call := _inplace_call(node)) is not None:
             call.arguments["inplace"] = False
             node.args, node.kwargs = call.args, call.kwargs

@@ -60,10 +60,10 @@ def prepare(network: nn.Module) -> nn.Module:
     """
     for module in list(network.modules()):
         if hasattr(module, "fused_attn"):  # timm's switch between one fused kernel and separate products
-            module.fused_attn = False  # type: ignore[assignment]
+            module.fused_attn = False  # type: ignore[assignment]  # no Tensor
         if parametrize.is_parametrized(module):
             # Not by torch's own removal, which takes it out of the class, and so out of the original too.
-            values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+            values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]  # a dict
             module.__class__ = type(module).__bases__[0]
             del module.parametrizations
             for name, value in values.items():
@@ -285,7 +285,7 @@ class LayerTracer(fx.Tracer):
 
 def _perform(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
     if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # a function
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     found = operator.attrgetter(str(node.target))(root)

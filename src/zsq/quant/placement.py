@@ -191,7 +191,7 @@ def _fuses(node: fx.Node, user: fx.Node) -> bool:
     """Whether ``user`` is computed together with ``node`` on real hardware, so that no tensor lies between them."""
     if moves_values(user):
         return False
-    layer_before = module_of(node) is not None and node in layers(user.graph.owning_module)  # type: ignore[arg-type]
+    layer_before = module_of(node) is not None and node in layers(user.graph.owning_module)  # type: ignore[arg-type]  # owned
     norm = isinstance(module_of(user), nn.modules.batchnorm._BatchNorm)
     return (layer_before and norm) or (is_activation(user) and len(node.users) == 1 and node.op != "placeholder")
 
