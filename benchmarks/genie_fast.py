@@ -8,6 +8,7 @@ import argparse
 import torch
 
 import zsq
+from zsq.allocator import keep_freed_memory
 
 
 def main() -> None:
@@ -17,6 +18,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     metrics = zsq.quantize(args.model, "genie", args.bits, effort="fast").metrics
     for stage, seconds in metrics["seconds"].items():
         print(f"{stage:20} {seconds:8.1f} s")

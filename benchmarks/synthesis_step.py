@@ -15,6 +15,7 @@ import torch
 from torch.optim import Adam
 
 from zsq import METHODS, load_network
+from zsq.allocator import keep_freed_memory
 from zsq.core import Bits, Job, Run, Teacher, needs, start
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     network = load_network(args.model)
     bare = copy.deepcopy(network.module).requires_grad_(False)
     teacher = Teacher(network.module)

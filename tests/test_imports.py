@@ -22,12 +22,13 @@ ALLOWED = {
     "evaluate": "core nets quant",
     "store": "core nets quant",
     "api": "core nets quant methods evaluate store version",
-    "cli": "core nets methods evaluate api zoo version",
+    "cli": "allocator core nets methods evaluate api zoo version",
     "__main__": "cli",
     "__init__": "api core evaluate methods nets version",
+    "allocator": "",
     "version": "",
 }
-MORE = {"zoo/train.py": {"evaluate"}}
+MORE = {"zoo/train.py": {"allocator", "evaluate"}}
 
 
 def home(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The words of the library."""
 
+from zsq.core.bn import BNInput, channel_sums
 from zsq.core.errors import (
     CheckpointError,
     DataError,
@@ -15,7 +16,7 @@ from zsq.core.method import FLOAT, Bits, Job, Method, NoData, Paper, Pass, Synth
 from zsq.core.recipe import Recipe, check_counts, check_positive, diff, needs, show, walk
 from zsq.core.run import Reporter, Run
 from zsq.core.source import Batch, Source
-from zsq.core.teacher import BNInput, Teacher, View
+from zsq.core.teacher import Teacher, View
 
 __all__ = [
     "FLOAT",
@@ -44,6 +45,7 @@ __all__ = [
     "UnsupportedModel",
     "View",
     "ZsqError",
+    "channel_sums",
     "check_counts",
     "check_positive",
     "diff",

@@ -1,27 +1,18 @@
-"""Teacher and View: hooks set once, and what one forward pass showed."""
+"""Teacher and View: the frozen network, and what one forward pass of it showed."""
 
 import copy
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zsq.core.errors import MissingView
+from zsq.core.bn import BNInput, BNRecorder
+from zsq.core.errors import MissingView, UnsupportedModel
 
-__all__ = ["BNInput", "Teacher", "View"]
-
-
-@dataclass(frozen=True)
-class BNInput:
-    """What entered one BatchNorm layer: ``x`` (N, C, ...), and the layer's running ``mean`` and ``var`` (C,)."""
-
-    x: Tensor
-    mean: Tensor
-    var: Tensor
+__all__ = ["Teacher", "View"]
 
 
 class View:
@@ -59,16 +50,13 @@ class View:
 
 
 class Teacher:
-    """A frozen copy of the full-precision network in eval mode, with the hooks that views read.
+    """A frozen copy of the full-precision network in eval mode, and a way to look into it.
 
     The module handed in is never changed; parameters of the copy do not require gradients, images may.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self._recorder = _Recorder()
-        for layer in self._batchnorms():
-            layer.register_forward_pre_hook(self._recorder)
 
     @property
     def offers(self) -> frozenset[str]:
@@ -81,23 +69,22 @@ class Teacher:
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     def view(self, images: Tensor, needs: frozenset[str] = frozenset(), **more: Any) -> View:
-        """One forward pass of ``images`` (N, C, H, W), recording only what is in ``needs``; ``more`` is passed on."""
-        seen: list[BNInput] | None = [] if "bn" in needs else None
-        self._recorder.seen = seen
-        try:
+        """One forward pass of ``images`` (N, C, H, W), recording only what is in ``needs``; ``more`` is passed on.
+
+        Raises:
+            UnsupportedModel: if BatchNorm inputs are asked for and no layer calls torch's ``batch_norm``.
+        """
+        if "bn" not in needs:
+            return View(images, self.module(images), **more)
+        with BNRecorder() as recorder:
             logits: Tensor = self.module(images)
-            return View(images, logits, bn=seen, **more)
-        finally:
-            self._recorder.seen = None
+        if not recorder.seen:
+            raise UnsupportedModel("no BatchNorm layer ran torch.nn.functional.batch_norm: its input cannot be seen")
+        return View(images, logits, bn=recorder.seen, **more)
 
     def changed(self, change: Callable[[nn.Module], nn.Module]) -> "Teacher":
         """A teacher made of a changed copy of the network; ``change`` may modify its argument."""
-        clone = copy.deepcopy(self.module)
-        for layer in clone.modules():  # the copy's recorder is nobody's; the user's own hooks stay
-            for key, hook in list(layer._forward_pre_hooks.items()):
-                if isinstance(hook, _Recorder):
-                    del layer._forward_pre_hooks[key]
-        return Teacher(change(clone))
+        return Teacher(change(copy.deepcopy(self.module)))
 
     def digest(self) -> str:
         """A SHA-256 of every parameter and buffer with its name: the identity of the network."""
@@ -109,20 +96,3 @@ class Teacher:
 
     def _batchnorms(self) -> list[_BatchNorm]:
         return [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-
-
-class _Recorder:
-    """The hook that keeps what enters BatchNorm layers while ``seen`` is a list.
-
-    It knows no teacher, so that a copy of the network copies nothing more.
-    """
-
-    def __init__(self) -> None:
-        self.seen: list[BNInput] | None = None
-
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.seen is not None:
-            assert isinstance(layer, _BatchNorm)
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            self.seen.append(BNInput(inputs[0], layer.running_mean, layer.running_var))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zsq.allocator import keep_freed_memory
 from zsq.core.errors import RunError
 from zsq.evaluate import Accuracy, Images, evaluate, read_images, training_digits
 from zsq.zoo import Entry, entry, load_weights
@@ -55,7 +56,7 @@ class TrainingRecipe:
 RECIPES = {
     "digits-resnet": TrainingRecipe(epochs=60, lr=0.2, shift=1, padding="constant", flip=False),
     "resnet20-cifar10": TrainingRecipe(epochs=40, lr=0.2),
-    "mobilenetv2-cifar10": TrainingRecipe(epochs=24, lr=0.15, teacher="resnet20-cifar10"),
+    "mobilenetv2-cifar10": TrainingRecipe(epochs=36, lr=0.15, teacher="resnet20-cifar10"),
 }
 
 
@@ -180,6 +181,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
+    keep_freed_memory()
     model, recipe = entry(args.name), RECIPES[args.name]
     images = training_digits() if args.data == "digits" else read_images(args.data, model.input_shape)
     test = read_images(args.test, model.input_shape)
