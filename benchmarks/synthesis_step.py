@@ -17,6 +17,7 @@ from torch.optim import Adam
 from zsq import METHODS, load_network
 from zsq.allocator import keep_freed_memory
 from zsq.core import Bits, Job, Run, Teacher, needs, start
+from zsq.nets.graph import capture
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -43,7 +44,9 @@ def main() -> None:
     plain = pixels.clone().requires_grad_()
     looked = pixels.clone().requires_grad_()
     optimizers = [Adam([x], lr=recipe.lr) for x in (plain, looked)]
-    objective, seen = start(recipe.loss, Job(teacher, None, Bits(), run, network.input_shape)), needs(recipe.loss)
+    student = capture(network.module, torch.zeros(2, *network.input_shape))
+    objective = start(recipe.loss, Job(teacher, student, Bits(), run, network.input_shape))
+    seen = needs(recipe.loss)
 
     def bare_loop() -> None:
         loss = bare(plain).square().mean()

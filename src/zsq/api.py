@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.core import (
+    ALWAYS,
     Batch,
     Bits,
     Job,
     Method,
     NoData,
+    Precision,
     RecipeError,
     Reporter,
     Run,
@@ -34,7 +36,7 @@ from zsq.core import (
 )
 from zsq.core.recipe import snake
 from zsq.evaluate import Accuracy, Images, check_images, evaluate, read_images
-from zsq.methods import BASELINES, METHODS
+from zsq.methods import BASELINES, METHODS, PLUGINS
 from zsq.nets.graph import capture
 from zsq.nets.load import Network, load_network
 from zsq.quant import PROTOCOLS, InsertFakeQuant, QuantizationProtocol
@@ -46,6 +48,8 @@ from zsq.version import __version__
 __all__ = ["Effort", "Result", "find_method", "load", "protocol_of", "quantize", "resolve", "synthesize", "to_pixels"]
 
 Effort = Literal["smoke", "fast", "paper"]
+SHOWN = 64
+"""Images of a live synthesizer that are kept."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,12 @@ def quantize(
     out: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
+    precision: Precision = "float32",
     reporter: Reporter | None = None,
 ) -> Result:
     """A low-bit copy of ``model``, made without data; ``model`` itself is not changed.
 
+    ``precision`` "bfloat16" lets layers compute in it while methods look and train; what is measured is float32.
     ``data`` is only ever read to report accuracies, after everything is decided. With ``out`` the run keeps its
     progress there: the same call after an interruption continues and ends with the same bits.
 
@@ -97,20 +103,22 @@ def quantize(
     recipe = resolve(method, preset=preset, effort=effort, protocol=protocol, overrides=overrides)
     bits = Bits.parse(bits)
     network = _network(model, checkpoint=checkpoint, input_shape=input_shape, mean=mean, std=std)
-    run = Run(out, seed=seed, device=device, reporter=reporter)
+    run = Run(out, seed=seed, device=device, precision=precision, reporter=reporter)
     teacher = Teacher(network.module)
     _check(recipe, teacher)
     images = _images(data, network)
     digest = teacher.digest()
+    with run.timed("capture"):
+        student = capture(teacher.module.to(run.device), torch.zeros(2, *network.input_shape, device=run.device))
     identity = {"method": recipe.name, "bits": str(bits), "seed": str(seed), "teacher": digest, "recipe": show(recipe)}
+    if precision != "float32":
+        identity["precision"] = precision
     run.claim(identity)
     run.write("recipe", f"{recipe.name} {bits}, seed {seed}\n\n{show(recipe)}\n".encode())
-    teacher.module.to(run.device)
-    with run.timed("capture"):
-        student = capture(teacher.module, torch.zeros(2, *network.input_shape, device=run.device))
     job = Job(teacher, student, bits, run, network.input_shape, pixel_range(network))
     source = Source(recipe.synthesizer, job)
-    if _reads_images(recipe):
+    finite = _reads_images(recipe) and not source.live
+    if finite:
         with run.timed("synthesize"):
             source.take(None)
     for step in recipe.quantizer:
@@ -118,7 +126,7 @@ def quantize(
             step.apply(job, source)
     freeze(student)
     student.eval().requires_grad_(False)
-    made = source.take(None) if _reads_images(recipe) else None
+    made = source.take(None if finite else SHOWN) if _reads_images(recipe) else None
     saved = save_student(student, {"teacher": digest, "method": recipe.name, "bits": str(bits)})
     metrics: dict[str, Any] = {
         "model": _origin(model, network),
@@ -128,6 +136,7 @@ def quantize(
         "effort": effort,
         "preset": preset,
         "seed": seed,
+        "precision": precision,
         "overrides": {key: str(value) for key, value in (overrides or {}).items()},
         "teacher": digest,
         "checkpoint": None if checkpoint is None else str(Path(checkpoint).resolve()),
@@ -179,7 +188,8 @@ def synthesize(
     if isinstance(recipe.synthesizer, NoData):
         making = [name for name, each in METHODS.items() if not isinstance(each.synthesizer, NoData)]
         raise RecipeError(f"{recipe.name} makes no images; methods that do: {', '.join(making)}")
-    recipe = recipe.override({"synthesizer.samples": samples})
+    if not recipe.synthesizer.live:
+        recipe = recipe.override({"synthesizer.samples": samples})
     network = _network(model, checkpoint=checkpoint, input_shape=input_shape, mean=mean, std=std)
     run = Run(seed=seed, device=device, reporter=reporter)
     teacher = Teacher(network.module)
@@ -260,12 +270,17 @@ def resolve(
 
 
 def find_method(name: str) -> Method:
-    """The method or control called ``name``.
+    """The method or control called ``name``; ``plugin+host`` is a plug-in on a host.
 
     Raises:
         RecipeError: if there is none; the message lists those that exist.
     """
     known = {**METHODS, **BASELINES}
+    plugin, plus, host = name.partition("+")
+    if plus:
+        if plugin not in PLUGINS:
+            raise RecipeError(f"{plugin!r} takes no host: plug-ins are {', '.join(PLUGINS)}")
+        return PLUGINS[plugin](find_method(host))
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -315,7 +330,7 @@ def _check(recipe: Method, teacher: Teacher) -> None:
     try:
         recipe.check(teacher)
     except UnsupportedModel as error:
-        fitting = [name for name, each in METHODS.items() if needs(each) <= teacher.offers | {"labels", "student"}]
+        fitting = [name for name, each in METHODS.items() if needs(each) <= teacher.offers | ALWAYS]
         raise UnsupportedModel(f"{error}; methods that fit: {', '.join(fitting) or 'none yet'}") from None
 
 

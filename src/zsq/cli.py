@@ -375,12 +375,12 @@ def _cell(value: Any) -> str:
 
 def _facts(method: "Method") -> dict[str, Any]:
     from zsq.api import protocol_of
-    from zsq.core import NoData, needs
+    from zsq.core import ALWAYS, NoData, needs
 
     synthesizer = method.synthesizer
     return {
         "method": method.name,
-        "needs": sorted(needs(method) - {"labels", "student"}),
+        "needs": sorted(needs(method) - ALWAYS),
         "trains": method.trains,
         "images": "" if isinstance(synthesizer, NoData) else type(synthesizer).__name__,
         "title": method.paper.title,

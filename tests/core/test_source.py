@@ -103,8 +103,10 @@ def test_the_batch_of_a_step_is_a_function_of_the_seed_and_the_step():
     assert there[:3] != there[3:6]
 
 
-def test_a_batch_is_never_larger_than_the_set(job):
-    assert sorted(pixels(Source(Counted(), job).batch(7, 64))) == list(range(10))
+def test_a_batch_larger_than_the_set_is_refused(job):
+    assert sorted(pixels(Source(Counted(), job).batch(7, 10))) == list(range(10))
+    with pytest.raises(RecipeError, match="a batch of 11 is larger than the set of 10 images"):
+        Source(Counted(), job).batch(0, 11)
 
 
 def test_labels_stay_with_their_images(job):

@@ -11,14 +11,16 @@ from zsq.core.errors import (
     UnsupportedModel,
     ZsqError,
 )
-from zsq.core.loss import Loss, Objective, start
-from zsq.core.method import FLOAT, Bits, Job, Method, NoData, Paper, Pass, Synthesizer, smoke
+from zsq.core.loss import Loss, Objective, Total, start
+from zsq.core.method import ALWAYS, FLOAT, Bits, Job, Method, NoData, Paper, Pass, Synthesizer, Transform, smoke
 from zsq.core.recipe import Recipe, check_counts, check_positive, diff, needs, show, walk
-from zsq.core.run import Reporter, Run
+from zsq.core.run import Precision, Reporter, Run
+from zsq.core.schedule import MultiStep
 from zsq.core.source import Batch, Source
-from zsq.core.teacher import Teacher, View
+from zsq.core.teacher import Landmarks, Teacher, View, look
 
 __all__ = [
+    "ALWAYS",
     "FLOAT",
     "BNInput",
     "Batch",
@@ -26,14 +28,17 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "Job",
+    "Landmarks",
     "Loss",
     "Method",
     "MissingExtra",
     "MissingView",
+    "MultiStep",
     "NoData",
     "Objective",
     "Paper",
     "Pass",
+    "Precision",
     "Recipe",
     "RecipeError",
     "Reporter",
@@ -42,6 +47,8 @@ __all__ = [
     "Source",
     "Synthesizer",
     "Teacher",
+    "Total",
+    "Transform",
     "UnsupportedModel",
     "View",
     "ZsqError",
@@ -49,6 +56,7 @@ __all__ = [
     "check_counts",
     "check_positive",
     "diff",
+    "look",
     "needs",
     "show",
     "smoke",

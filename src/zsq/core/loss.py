@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
-from zsq.core.errors import RecipeError
+from zsq.core.errors import RecipeError, RunError
 from zsq.core.recipe import Recipe, snake
 
 if TYPE_CHECKING:
     from zsq.core.method import Job
     from zsq.core.teacher import View
 
-__all__ = ["Loss", "Objective", "start"]
+__all__ = ["Loss", "Objective", "Total", "start"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +74,42 @@ class Objective(Recipe):
         return " + ".join(map(str, self.terms))
 
 
-def start(loss: Loss | Objective, job: Job) -> Callable[[View], Tensor]:
-    """The weighted sum of ``loss`` as a function of a view, with the memory of one optimisation."""
-    terms = [(term.weight, term.begin(job)) for term in _terms(loss)]
+class Total:
+    """The weighted sum of the terms of a loss as a function of a view, with the memory of one optimisation."""
 
-    def total(view: View) -> Tensor:
-        values = [weight * term(view) for weight, term in terms]
-        return sum(values[1:], values[0])
+    def __init__(self, terms: dict[str, tuple[float, Callable[[View], Tensor]]]) -> None:
+        self._terms = terms
+        self._values: dict[str, Tensor] = {}
 
-    return total
+    def __call__(self, view: View) -> Tensor:
+        """The weighted sum, a scalar."""
+        values = {name: weight * term(view) for name, (weight, term) in self._terms.items()}
+        self._values = {name: value.detach() for name, value in values.items()}
+        first, *rest = values.values()
+        return sum(rest, first)
+
+    def check(self, label: str, step: int) -> None:
+        """Return if the last value was finite.
+
+        Raises:
+            RunError: if it was not; the message says which term at which step. What was saved before is kept.
+        """
+        values = torch.stack([value.reshape(()) for value in self._values.values()])
+        if not values.isfinite().all():
+            wrong = [f"{name} is {value:g}" for name, value in self.numbers().items() if not math.isfinite(value)]
+            raise RunError(
+                f"{label} diverged at step {step}: {', '.join(wrong)}; a lower learning rate may help "
+                "(the last checkpoint and all finished pieces are kept)"
+            )
+
+    def numbers(self) -> dict[str, float]:
+        """The weighted terms of the last value by name, for the log."""
+        return {name: value.item() for name, value in self._values.items()}
+
+
+def start(loss: Loss | Objective, job: Job) -> Total:
+    """``loss`` as a function of a view, with the memory of one optimisation."""
+    return Total({snake(type(term).__name__): (term.weight, term.begin(job)) for term in _terms(loss)})
 
 
 def _terms(loss: Loss | Objective) -> tuple[Loss, ...]:

@@ -5,15 +5,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from zsq.core.errors import RecipeError, UnsupportedModel
 from zsq.core.recipe import Recipe, needs
 from zsq.core.run import Run
 from zsq.core.source import Batch, Source
-from zsq.core.teacher import Teacher, View
+from zsq.core.teacher import Teacher, View, look
 
-__all__ = ["FLOAT", "Bits", "Job", "Method", "NoData", "Paper", "Pass", "Synthesizer", "smoke"]
+__all__ = ["FLOAT", "Bits", "Job", "Method", "NoData", "Paper", "Pass", "Synthesizer", "Transform", "smoke"]
 
 FLOAT = 32
 """The bit width that means: not quantized."""
@@ -55,7 +56,10 @@ class Bits:
 
 @dataclass
 class Job:
-    """One quantization: the teacher, the student that passes change in place, and the run that carries it."""
+    """One quantization: the teacher, the student that passes change in place, and the run that carries it.
+
+    The teacher learns from the student, who was captured, where its landmarks are.
+    """
 
     teacher: Teacher
     student: fx.GraphModule
@@ -66,10 +70,42 @@ class Job:
     pixel_range: tuple[float, float] = (-2.5, 2.5)
     """The least and the largest value of a normalised pixel."""
 
+    made: list[Batch] = field(default_factory=list)
+    """What a synthesizer of a finite set has made so far, for objectives that look back."""
+
+    def __post_init__(self) -> None:
+        self.teacher.landmarks = self.student.meta.get("landmarks", self.teacher.landmarks)
+
+    @property
+    def classes(self) -> int:
+        """The number of logits K."""
+        return self.teacher.view(torch.zeros(1, *self.input_shape, device=self.run.device)).logits.shape[1]
+
     def view(self, batch: Batch, needs: frozenset[str]) -> View:
-        """What the teacher, and the student where a loss asks for it, show on ``batch``."""
-        student = self.student(batch.images) if "student" in needs else None
-        return self.teacher.view(batch.images, needs, labels=batch.labels, student=student)
+        """What the teacher, and the student where a loss asks for it, show on ``batch``.
+
+        The teacher does not run again where its logits are known and nothing else of it is asked for.
+        """
+        more: dict[str, Any] = {"labels": batch.labels}
+        with self.run.autocast():
+            if "student" in needs:
+                more["student"], seen = look(self.student, batch.images, needs - {"features"}, self.teacher.landmarks)
+                more |= {f"student_{name}": value for name, value in seen.items()}
+            if batch.logits is not None and not needs & _TEACHERS:
+                return View(batch.images, batch.logits, **more)
+            return self.teacher.view(batch.images, needs, **more)
+
+
+_TEACHERS = frozenset({"bn", "features", "branches", "maps", "attention"})
+"""What only a forward pass of the teacher shows."""
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A change of images before a network looks at them."""
+
+    def move(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """``images`` (N, C, H, W), changed; gradients flow through."""
 
 
 @runtime_checkable
@@ -89,6 +125,10 @@ class Pass(Protocol):
 
     def apply(self, job: Job, source: Source) -> None:
         """Change ``job.student`` in place."""
+
+
+ALWAYS = frozenset({"labels", "student", "features", "branches", "maps"})
+"""What a view of any network can show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +185,22 @@ class Method(Recipe):
         return any(getattr(step, "trains", False) for step in self.quantizer)
 
     def check(self, teacher: Teacher) -> None:
-        """Raise UnsupportedModel if ``teacher`` cannot show what this method looks at."""
-        missing = sorted(needs(self) - teacher.offers - {"labels", "student"})
+        """Return if this method can work on ``teacher``.
+
+        Raises:
+            UnsupportedModel: if the teacher cannot show what the method looks at.
+            RecipeError: if a pass draws batches larger than the set of images.
+        """
+        samples = getattr(self.synthesizer, "samples", None)
+        for step in self.quantizer:
+            size = getattr(step, "batch_size", 0) if getattr(step, "draws_batches", False) else 0
+            own = getattr(step, "images", None)
+            if samples is not None and own is None and size > samples:
+                raise RecipeError(
+                    f"{type(step).__name__} draws batches of {size} from a set of {samples} images: "
+                    "lower its batch_size or raise synthesizer.samples"
+                )
+        missing = sorted(needs(self) - teacher.offers - ALWAYS)
         if missing:
             words = {"bn": "BatchNorm layers with running statistics", "attention": "attention maps"}
             raise UnsupportedModel(

@@ -8,15 +8,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 
 from zsq.core.errors import RunError
 
-__all__ = ["Reporter", "Run", "resolve_device", "save_atomically"]
+__all__ = ["Precision", "Reporter", "Run", "resolve_device", "save_atomically"]
 
 T = TypeVar("T")
+Precision = Literal["float32", "bfloat16"]
 
 
 class Reporter(Protocol):
@@ -46,16 +47,22 @@ class Run:
         *,
         seed: int = 0,
         device: str = "auto",
+        precision: Precision = "float32",
         save_every: float = 30.0,
         reporter: Reporter | None = None,
     ) -> None:
         """``folder`` None keeps nothing; ``save_every`` is in seconds of a ``steps`` loop.
+
+        ``precision`` is that of the networks while they are looked at; parameters and losses stay float32.
 
         Raises:
             RunError: if the device is not there, the folder cannot be written, or its checkpoint is none of a run.
         """
         self.seed = seed
         self.device = resolve_device(device)
+        if precision not in get_args(Precision):
+            raise RunError(f"precision is {' or '.join(get_args(Precision))}, got {precision!r}")
+        self.precision = precision
         self.folder = None if folder is None else Path(folder)
         self.seconds: dict[str, float] = {}
         self._save_every = save_every
@@ -115,6 +122,10 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.fresh(name).get_state())
             yield
+
+    def autocast(self) -> torch.autocast:
+        """A context in which layers compute in the precision of this run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     # --- resumable work -----------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,25 +19,32 @@ __all__ = ["Batch", "Source"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (N, C, H, W) in the network's normalised input space, and their labels (N,) if they were made for some."""
+    """Images (N, C, H, W) in the network's normalised input space."""
 
     images: Tensor
     labels: Tensor | None = None
+    """The classes they were made for: indices (N,) or shares (N, K); None if they were made for none."""
+    logits: Tensor | None = None
+    """The teacher's logits (N, K) on them, where they are known."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
-        return Batch(self.images[index], None if self.labels is None else self.labels[index])
+        labels, logits = (None if each is None else each[index] for each in (self.labels, self.logits))
+        return Batch(self.images[index], labels, logits)
 
     @staticmethod
     def join(batches: Sequence[Batch]) -> Batch:
-        """One batch of all images in order; labels are kept if every batch has them."""
-        labels = [batch.labels for batch in batches if batch.labels is not None]
-        return Batch(
-            torch.cat([batch.images for batch in batches]),
-            torch.cat(labels) if len(labels) == len(batches) else None,
-        )
+        """One batch of all images in order; labels and logits are kept if every batch has them, and of one kind."""
+
+        def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+            present = [part for part in parts if part is not None]
+            alike = len(present) == len(parts) and len({part.dim() for part in present}) == 1
+            return torch.cat(present) if alike else None
+
+        images = torch.cat([batch.images for batch in batches])
+        return Batch(images, joined([b.labels for b in batches]), joined([b.logits for b in batches]))
 
 
 class Source:
@@ -45,7 +52,7 @@ class Source:
 
     def __init__(self, synthesizer: Synthesizer, job: Job) -> None:
         self._job = job
-        self._live = synthesizer.live
+        self.live = synthesizer.live
         self._stream = synthesizer.stream(job)
         self._made: list[Batch] = []
         self._joined: Batch | None = None
@@ -56,7 +63,7 @@ class Source:
         Raises:
             RecipeError: if a live stream is asked for all, or nothing was made.
         """
-        if samples is None and self._live:
+        if samples is None and self.live:
             raise RecipeError("a live synthesizer makes images without end: say how many to take")
         while samples is None or sum(map(len, self._made)) < samples:
             batch = self._next()
@@ -75,13 +82,14 @@ class Source:
 
         The order of a round is a function of (seed, round) alone, so a resumed loop sees the same batches.
         """
-        if self._live:
+        if self.live:
             batch = self._next()
             if batch is None:
                 raise RecipeError("the live synthesizer ended")
             return batch
         pool = self.take()
-        size = min(size, len(pool))
+        if size > len(pool):
+            raise RecipeError(f"a batch of {size} is larger than the set of {len(pool)} images")
         rounds, turn = divmod(step, len(pool) // size)
         order = torch.randperm(len(pool), generator=self._job.run.fresh(f"shuffle/{rounds}"))
         return pool[order[turn * size : (turn + 1) * size]]
@@ -91,6 +99,14 @@ class Source:
         pool = self.take(samples)
         for start in range(0, len(pool), size):
             yield pool[start : start + size]
+
+    def tell_logits(self, size: int = 256) -> None:
+        """Let the teacher judge every image of a finite set once, so that no later look needs it."""
+        pool = self.take()
+        if pool.logits is None:
+            with torch.no_grad():
+                parts = [self._job.teacher.view(pool.images[i : i + size]).logits for i in range(0, len(pool), size)]
+            self._joined = replace(pool, logits=torch.cat(parts))
 
     def _next(self) -> Batch | None:
         # A consumer may run under no_grad; making images needs gradients all the same.

@@ -1,8 +1,10 @@
 """Teacher and View: the frozen network, and what one forward pass of it showed."""
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zsq.core.bn import BNInput, BNRecorder
 from zsq.core.errors import MissingView, UnsupportedModel
 
-__all__ = ["Teacher", "View"]
+__all__ = ["Landmarks", "Teacher", "View", "look"]
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """Layers by what they are in a network, as dotted names that teacher and student share."""
+
+    classifier: str = ""
+    """The last layer that runs; what it reads are the features."""
+    convolution: str = ""
+    """The last convolution whose output has more than one pixel."""
+    branches: tuple[str, ...] = ()
+    """What ends each residual branch, before its addition; in a network without, what ends each convolution."""
 
 
 class View:
@@ -32,7 +46,7 @@ class View:
 
     @property
     def labels(self) -> Tensor:
-        """Class indices (N,)."""
+        """Class indices (N,); below 0 where no label is believed. Or the shares of the classes (N, K)."""
         labels: Tensor = self._get("labels")
         return labels
 
@@ -41,6 +55,31 @@ class View:
         """The student's logits (N, K) on the same images."""
         logits: Tensor = self._get("student")
         return logits
+
+    @property
+    def features(self) -> Tensor:
+        """What the teacher's classifier read (N, D)."""
+        features: Tensor = self._get("features")
+        return features
+
+    @property
+    def branches(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The ends of the residual branches (N, C, H, W), the teacher's and the student's."""
+        return self._get("branches"), self._get("student_branches")
+
+    @property
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """The outputs of the last convolution (N, C, H, W), the teacher's and the student's; logits depend on both."""
+        return self._get("maps"), self._get("student_maps")
+
+    def relabelled(self, labels: Tensor) -> "View":
+        """The same view with other labels (N,)."""
+        return View(self.images, self.logits, **{**self._seen, "labels": labels})
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images were made for labels."""
+        return "labels" in self._seen
 
     @property
     def bn(self) -> list[BNInput]:
@@ -55,8 +94,9 @@ class Teacher:
     The module handed in is never changed; parameters of the copy do not require gradients, images may.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, landmarks: Landmarks = Landmarks()) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.landmarks = landmarks
 
     @property
     def offers(self) -> frozenset[str]:
@@ -75,16 +115,17 @@ class Teacher:
             UnsupportedModel: if BatchNorm inputs are asked for and no layer calls torch's ``batch_norm``.
         """
         if "bn" not in needs:
-            return View(images, self.module(images), **more)
+            logits, seen = look(self.module, images, needs, self.landmarks)
+            return View(images, logits, **seen, **more)
         with BNRecorder() as recorder:
-            logits: Tensor = self.module(images)
+            logits, seen = look(self.module, images, needs, self.landmarks)
         if not recorder.seen:
             raise UnsupportedModel("no BatchNorm layer ran torch.nn.functional.batch_norm: its input cannot be seen")
-        return View(images, logits, bn=recorder.seen, **more)
+        return View(images, logits, bn=recorder.seen, **seen, **more)
 
     def changed(self, change: Callable[[nn.Module], nn.Module]) -> "Teacher":
         """A teacher made of a changed copy of the network; ``change`` may modify its argument."""
-        return Teacher(change(copy.deepcopy(self.module)))
+        return Teacher(change(copy.deepcopy(self.module)), self.landmarks)
 
     def digest(self) -> str:
         """A SHA-256 of every parameter and buffer with its name: the identity of the network."""
@@ -96,3 +137,43 @@ class Teacher:
 
     def _batchnorms(self) -> list[_BatchNorm]:
         return [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def look(
+    network: nn.Module, images: Tensor, needs: frozenset[str], landmarks: Landmarks
+) -> tuple[Tensor, dict[str, Any]]:
+    """The logits of ``network`` (N, K), and what ``needs`` asks for at its landmarks, as keywords of a view."""
+    with _watched(network, needs, landmarks) as seen:
+        logits: Tensor = network(images)
+    return logits.float(), seen
+
+
+@contextlib.contextmanager
+def _watched(network: nn.Module, needs: frozenset[str], landmarks: Landmarks) -> Iterator[dict[str, Any]]:
+    seen: dict[str, Any] = {}
+    hooks = []
+
+    def features(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen["features"] = inputs[0].flatten(1)
+
+    def branch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["branches"].append(output)
+
+    def maps(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # the gradient of a logit by the map is wanted also where nothing before the map has one
+        seen["maps"] = output if output.requires_grad else output.detach().requires_grad_()
+        kept: Tensor = seen["maps"]
+        return kept
+
+    if "features" in needs:
+        hooks.append(network.get_submodule(landmarks.classifier).register_forward_pre_hook(features))
+    if "branches" in needs:
+        seen["branches"] = []
+        hooks += [network.get_submodule(name).register_forward_hook(branch) for name in landmarks.branches]
+    if "maps" in needs:
+        hooks.append(network.get_submodule(landmarks.convolution).register_forward_hook(maps))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,19 +1,27 @@
-"""Networks as graphs: capture, who makes and who reads a value, layers, products, and the blocks of reconstruction."""
+"""Networks as graphs: capture, and what can be asked of a graph."""
 
 import copy
-import inspect
 import math
-import operator
-from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from zsq.core.errors import UnsupportedModel
 from zsq.nets.blocks import Block, blocks, extract, mark_blocks
+from zsq.nets.landmarks import landmarks
+from zsq.nets.nodes import (
+    Matmul,
+    consumers,
+    hidden_layers,
+    layers,
+    matmuls,
+    module_of,
+    preserves_value,
+    producer,
+)
 from zsq.nets.simplify import Sizes, functionalize, simplify
-from zsq.nets.tracing import LAYER_FUNCTIONS, LAYERS, LayerTracer, Untraceable, asks_size, is_layer, prepare
+from zsq.nets.tracing import LayerTracer, Untraceable, is_layer, prepare
 
 __all__ = [
     "Block",
@@ -36,14 +44,6 @@ _ROUNDING = 1e-2
 """Above it, a difference is no rounding."""
 
 
-class Matmul(NamedTuple):
-    """A product of two computed values: the node, and its two operands."""
-
-    node: fx.Node
-    left: fx.Node
-    right: fx.Node
-
-
 class _Whole(nn.Module):
     """A network as the only layer of another one."""
 
@@ -64,7 +64,9 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
     - ``"module_path"``: the dotted path of the innermost module, other than a layer, whose code made the node;
     - ``"shape"``: of its tensor, for ``example``; missing where the value is no tensor;
-    - ``"block"``: what ``blocks`` reads.
+    - ``"block"``: what ``blocks`` reads;
+
+    and in ``graph.meta["landmarks"]`` where to look for features and maps.
 
     Raises:
         UnsupportedModel: if ``model`` does not return one tensor, or the graph does not compute what ``model`` does.
@@ -82,6 +84,7 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
     for node, shape in sizes.shapes.items():
         node.meta["shape"] = shape
     mark_blocks(graph, network)
+    graph.meta["landmarks"] = landmarks(graph)
     return graph.eval()
 
 
@@ -128,67 +131,3 @@ def _difference(graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> tuple
     if expected.shape != found.shape:
         return 0.0, math.inf
     return expected.abs().max().item(), (found - expected).abs().max().item()
-
-
-def layers(graph: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that are convolutions, transposed convolutions or linears, in the order in which they run."""
-    return [node for node in graph.graph.nodes if isinstance(module_of(node), LAYERS)]
-
-
-def hidden_layers(graph: fx.GraphModule) -> dict[str, nn.Module]:
-    """The convolutions and linears inside modules that could not be traced, by dotted name."""
-    return {
-        f"{outer}.{name}": layer
-        for outer in graph.meta["untraced"]
-        for name, layer in graph.get_submodule(outer).named_modules()
-        if isinstance(layer, LAYERS)
-    }
-
-
-_MATMULS = {torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", *LAYER_FUNCTIONS}
-_ADDING_MATMULS = {torch.baddbmm, torch.addmm, "baddbmm", "addmm"}
-
-
-def matmuls(graph: fx.GraphModule) -> list[Matmul]:
-    """The products of two values that are not layers: in attention, or ``F.linear`` and ``F.conv2d`` on a value."""
-    found = []
-    for node in graph.graph.nodes:
-        if node.target is torch.einsum or node.target in _MATMULS or node.target in _ADDING_MATMULS:
-            operands: list[fx.Node] = []
-            fx.node.map_arg((node.args, node.kwargs), operands.append)
-            operands = operands[1:] if node.target in _ADDING_MATMULS else operands
-            if node.target is not torch.einsum or len(operands) == 2:
-                found.append(Matmul(node, *operands[:2]))  # a third one is a bias
-    return found
-
-
-def module_of(node: fx.Node) -> nn.Module | None:
-    """The module that ``node`` calls, if it does."""
-    owner = node.graph.owning_module
-    return owner.get_submodule(str(node.target)) if node.op == "call_module" and owner is not None else None
-
-
-def preserves_value(node: fx.Node) -> bool:
-    """Whether ``node`` passes on, in eval mode, the very values that it reads: identity, dropout, stochastic depth."""
-    if node.op == "call_function" and isinstance(node.target, FunctionType):
-        signature = inspect.signature(node.target)
-        drops = "drop" in node.target.__name__ or node.target.__name__ == "stochastic_depth"
-        return drops and signature.bind(*node.args, **node.kwargs).arguments.get("training", True) is False
-    if node.op == "call_method":
-        return node.target in ("contiguous", "clone", "detach")
-    return isinstance(module_of(node), (nn.Identity, nn.modules.dropout._DropoutNd))
-
-
-def producer(node: fx.Node) -> fx.Node:
-    """The node that computes what ``node`` reads first, seen through nodes that preserve it."""
-    source = node.all_input_nodes[0]
-    return producer(source) if preserves_value(source) else source
-
-
-def consumers(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read the values of ``node``, the output too, seen through nodes that preserve them.
-
-    A node that asks for the size only is none of them.
-    """
-    readers = [user for user in node.users if not asks_size(user)]
-    return [each for user in readers for each in (consumers(user) if preserves_value(user) else [user])]

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "PerTensor",
     "Percentile",
     "Range",
+    "RangeAverage",
     "Scheme",
     "affine",
     "fake_quantize",
@@ -153,6 +154,38 @@ class LpError(Range):
             share = torch.where(mean < least, tried, share)
             least = torch.minimum(mean, least)
         return low * share, high * share
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeAverage(Recipe):
+    """An exponential moving average of the ends of batches, corrected for its start at zero.
+
+    r_t = decay * r_(t-1) + (1 - decay) * x_t with r_0 = 0, read as r_t / (1 - decay^t).
+    """
+
+    decay: float = 0.9
+    correction: Literal["on reading", "fed back"] = "on reading"
+    """Whether the corrected value is only read, or also stored as r_t, as the code of the GDFQ family has it.
+
+    A constant input of 1 then reads 1, 5.26, 17.8 ... 3945 at update 21 and 1.014 at 150."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise RecipeError(f"decay must lie in [0, 1), got {self.decay}")
+
+    def update(
+        self, kept: tuple[Tensor, Tensor] | None, ends: tuple[Tensor, Tensor], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """r_t of both ends, where ``ends`` are those of batch ``count`` (from 1) and ``kept`` is r_(t-1)."""
+        share = 1 - self.decay**count if self.correction == "fed back" else 1.0
+        old = kept or (torch.zeros_like(ends[0]), torch.zeros_like(ends[1]))
+        low, high = ((self.decay * r + (1 - self.decay) * x) / share for r, x in zip(old, ends, strict=True))
+        return low, high
+
+    def read(self, kept: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """The ends after ``count`` batches."""
+        share = 1.0 if self.correction == "fed back" else 1 - self.decay**count
+        return kept[0] / share, kept[1] / share
 
 
 def affine(low: Tensor, high: Tensor, bits: int, scheme: Scheme, signed: bool = True) -> Affine:

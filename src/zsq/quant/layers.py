@@ -47,6 +47,8 @@ class InsertFakeQuant(Recipe):
     """How the range of a weight row is found."""
     rounding: Rounding = Nearest()
     """How a weight picks its grid point."""
+    follow: bool = False
+    """Find the range anew from the weight at every step in which it learns."""
 
     def apply(self, job: Job, source: Source) -> None:
         """Change ``job.student`` in place; activations pass unchanged until their ranges are set."""
@@ -58,7 +60,7 @@ class InsertFakeQuant(Recipe):
         for position, layer in enumerate(every.values()):
             bits = protocol.ends.weights(position, len(every), job.bits.weights)
             if bits != FLOAT:
-                quantize_weight(layer, bits, protocol.weights, self.range, self.rounding)
+                quantize_weight(layer, bits, protocol.weights, self.range, self.rounding, self.follow)
         for edge in edges:
             bits = self._edge_bits(edge, list(every), job.bits.activations)
             if bits != FLOAT:

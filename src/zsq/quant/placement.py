@@ -18,6 +18,7 @@ __all__ = [
     "MINMAX_PTQ",
     "PROTOCOLS",
     "PTQ_8BIT_ENDS",
+    "QAT_LOWBIT_ALL",
     "SIMULATE_ALL",
     "AfterActivations",
     "Edge",
@@ -148,9 +149,10 @@ PTQ_8BIT_ENDS = QuantizationProtocol(
     ends=Ends(first_weights=8, first_input=FLOAT, second_input=8, last_weights=8, last_input=8),
     activations=Scheme(symmetric=True, granularity=PerTensor()),
 )
+QAT_LOWBIT_ALL = QuantizationProtocol(name="qat-lowbit-all", placement=AfterActivations())
 SIMULATE_ALL = QuantizationProtocol(name="simulate-all", placement=EveryEdge(), fold=True)
 
-PROTOCOLS = {protocol.name: protocol for protocol in (MINMAX_PTQ, PTQ_8BIT_ENDS, SIMULATE_ALL)}
+PROTOCOLS = {protocol.name: protocol for protocol in (MINMAX_PTQ, PTQ_8BIT_ENDS, QAT_LOWBIT_ALL, SIMULATE_ALL)}
 
 
 def is_activation(node: fx.Node) -> bool:

@@ -1,13 +1,14 @@
 """The modules that quantize: weights as a parametrization of their layer, activations as nodes on an edge."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from zsq.quant.grid import Range, Scheme, affine, fake_quantize
+from zsq.quant.grid import Affine, Range, RangeAverage, Scheme, affine, fake_quantize
 from zsq.quant.rounding import Constant, LearnedRounding, Rounding
 
 __all__ = [
@@ -54,18 +55,26 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("codes", codes)
         self.rounding = rounding
         self.enabled = True
+        self.refit: Callable[[Tensor], Affine] | None = None
+        """Finds the grid anew at each step of training, where it follows the weight."""
 
     @classmethod
     def fit(
-        cls, weight: Tensor, bits: int, scheme: Scheme, span: Range, rounding: Rounding, axis: int
+        cls, weight: Tensor, bits: int, scheme: Scheme, span: Range, rounding: Rounding, axis: int, follow: bool = False
     ) -> "WeightQuantizer":
-        """The quantizer of ``weight`` whose output channels lie on ``axis``."""
-        rows = scheme.granularity.rows(weight, axis)
-        grid = affine(*span.of(rows, bits, scheme, signed=True), bits, scheme)
-        scale = scheme.granularity.spread(grid.scale, weight, axis).clone()
-        zero_point = scheme.granularity.spread(grid.zero_point, weight, axis).clone()
-        decided = rounding.build(weight / scale, grid.low - zero_point, grid.high - zero_point)
-        return cls(bits, grid.low, grid.high, scale, zero_point, decided, None)
+        """The quantizer of ``weight`` whose output channels lie on ``axis``; its grid may ``follow`` the weight."""
+
+        def grid_of(weight: Tensor) -> Affine:
+            rows = scheme.granularity.rows(weight, axis)
+            grid = affine(*span.of(rows, bits, scheme, signed=True), bits, scheme)
+            scale, zero_point = (scheme.granularity.spread(each, weight, axis).clone() for each in grid[:2])
+            return Affine(scale, zero_point, grid.low, grid.high)
+
+        grid = grid_of(weight)
+        decided = rounding.build(weight / grid.scale, grid.low - grid.zero_point, grid.high - grid.zero_point)
+        quantizer = cls(bits, grid.low, grid.high, grid.scale, grid.zero_point, decided, None)
+        quantizer.refit = grid_of if follow else None
+        return quantizer
 
     def integers(self, weight: Tensor) -> Tensor:
         """The grid points of ``weight``, within ``low .. high``."""
@@ -76,16 +85,37 @@ class WeightQuantizer(nn.Module):
         """``weight`` (O, I, *kernel) on its grid."""
         if not self.enabled:
             return weight
-        integers = self.integers(weight) if self.codes is None else self.codes.to(self.scale.dtype) + self.low
-        return (integers - self.zero_point) * self.scale
+        if self.codes is not None:
+            return (self.codes.to(self.scale.dtype) + self.low - self.zero_point) * self.scale
+        if torch.is_grad_enabled() and weight.requires_grad:  # the weight itself learns
+            with torch.no_grad():
+                self._follow(weight)
+                quantized = (self.integers(weight) - self.zero_point) * self.scale
+            passed: Tensor = _StraightThrough.apply(weight, quantized)  # type: ignore[no-untyped-call]  # autograd's functions are
+            return passed
+        return (self.integers(weight) - self.zero_point) * self.scale
+
+    def codes_at(self, weight: Tensor) -> Tensor:
+        """The integers that ``weight`` would have, on a grid of its own if the grid follows; nothing changes."""
+        if self.refit is None:
+            return self.integers(weight)
+        grid = self.refit(weight)
+        return ((weight / grid.scale).round_() + grid.zero_point).clamp_(grid.low, grid.high)
+
+    def _follow(self, weight: Tensor) -> None:
+        if self.refit is not None:
+            grid = self.refit(weight)
+            self.scale.copy_(grid.scale)
+            self.zero_point.copy_(grid.zero_point)
 
     def freeze(self, weight: Tensor) -> None:
         """Decide the integers once and for all; ``codes`` are counted from the lower end of the grid."""
         if isinstance(self.rounding, LearnedRounding):
             self.rounding.hard = True
         with torch.no_grad():
+            self._follow(weight)
             self.codes = (self.integers(weight) - self.low).to(torch.uint8)
-        self.rounding = Constant(torch.empty(0))  # the codes say it all
+        self.rounding, self.refit = Constant(torch.empty(0)), None  # the codes say it all
         self.scale.requires_grad_(False)
 
 
@@ -105,15 +135,36 @@ class ActivationQuantizer(nn.Module):
         self.drop = 0.0
         """Probability with which an element stays float (QDrop); 0 outside reconstruction."""
         self.rng: torch.Generator | None = None
+        self.clips_gradient = True
+        """Whether a value beyond the range gets no gradient; otherwise all get it unchanged."""
         self._range: Range | None = None
+        self._average: RangeAverage | None = None
         self._signed = False
         self._ends: tuple[Tensor, Tensor] | None = None
+        self._seen = 0
 
-    def observe(self, span: Range | None) -> None:
-        """Widen the range by whatever passes from now on, as ``span`` finds it; None stops."""
-        self._range = span
+    def observe(self, span: Range | None, average: RangeAverage | None = None) -> None:
+        """Find the range of whatever passes from now on by ``span``: of all, or a moving ``average``; None stops."""
+        self._range, self._average = span, average
         if span is not None:
-            self._ends, self.ready = None, False
+            self._ends, self._seen, self.ready = None, 0, False
+
+    def range_state(self) -> dict[str, Any]:
+        """What observing has found, for a checkpoint."""
+        ends = () if self._ends is None else tuple(end.item() for end in self._ends)
+        kept = {"scale": self.scale.detach().clone(), "zero_point": self.zero_point.clone(), "low": self.low}
+        return {**kept, "ready": self.ready, "signed": self._signed, "seen": self._seen, "ends": list(ends)}
+
+    def restore_range(self, state: dict[str, Any]) -> None:
+        """Go on from what ``range_state`` said."""
+        with torch.no_grad():
+            self.scale.copy_(state["scale"])
+            self.zero_point.copy_(state["zero_point"])
+        self.low, self.high = state["low"], state["low"] + 2**self.bits - 1
+        self.ready, self._signed, self._seen = state["ready"], state["signed"], state["seen"]
+        if state["ends"]:
+            low, high = (self.scale.new_tensor(end) for end in state["ends"])
+            self._ends = low, high
 
     def set_range(self, low: Tensor, high: Tensor, signed: bool = True) -> None:
         """Represent ``low .. high`` (scalars)."""
@@ -135,6 +186,11 @@ class ActivationQuantizer(nn.Module):
         keep = None
         if self.drop:
             keep = random_mask(x, self.drop, self.rng)
+        if torch.is_grad_enabled() and x.requires_grad and not (self.clips_gradient or self.scale.requires_grad):
+            with torch.no_grad():
+                rounded = fake_quantize(x, self.scale, self.zero_point, self.low, self.high)
+            passed: Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]  # autograd's functions are
+            return passed
         if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
             step = (x, self.scale, self.zero_point, self.low, self.high, keep)
             y: Tensor = _LearnedStep.apply(*step)  # type: ignore[no-untyped-call]  # autograd's functions are
@@ -147,10 +203,27 @@ class ActivationQuantizer(nn.Module):
         if self._ends is None:  # the first batch decides whether the grid is signed
             self._signed = bool(rows.min() < 0)
         low, high = (end[0] for end in span.of(rows, self.bits, self.scheme, self._signed))
-        if self._ends is not None:
-            low, high = torch.minimum(low, self._ends[0]), torch.maximum(high, self._ends[1])
-        self._ends = low, high
+        self._seen += 1
+        if self._average is not None:
+            self._ends = self._average.update(self._ends, (low, high), self._seen)
+            low, high = self._average.read(self._ends, self._seen)
+        elif self._ends is not None:
+            self._ends = low, high = torch.minimum(low, self._ends[0]), torch.maximum(high, self._ends[1])
+        else:
+            self._ends = low, high
         self.set_range(low, high, self._signed)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A rounded value that hands its gradient on, unchanged and whole, to the value it was rounded from."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rounded: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # autograd's signature is untyped
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # as above
+        return grad, None
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -191,12 +264,14 @@ def mix(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     return (a - b).mul_(mask).add_(b)
 
 
-def quantize_weight(layer: nn.Module, bits: int, scheme: Scheme, span: Range, rounding: Rounding) -> None:
-    """Make ``layer`` compute with its weight fake-quantized, in place."""
+def quantize_weight(
+    layer: nn.Module, bits: int, scheme: Scheme, span: Range, rounding: Rounding, follow: bool = False
+) -> None:
+    """Make ``layer`` compute with its weight fake-quantized, in place; the grid may ``follow`` the weight."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     axis = 1 if getattr(layer, "transposed", False) else 0  # a transposed convolution stores (I, O, *kernel)
-    attach(layer, WeightQuantizer.fit(weight.detach(), bits, scheme, span, rounding, axis))
+    attach(layer, WeightQuantizer.fit(weight.detach(), bits, scheme, span, rounding, axis, follow))
 
 
 def attach(layer: nn.Module, quantizer: WeightQuantizer) -> None:

@@ -1,18 +1,32 @@
 """Ways to make images."""
 
+from zsq.synthesis.generator import TrainGenerator
 from zsq.synthesis.images import Noise, OptimizeImages, Plateau
 from zsq.synthesis.latents import Change, OptimizeLatents
-from zsq.synthesis.networks import UpsampleGenerator
-from zsq.synthesis.sampling import GaussianPixels, ShiftAndFlip, UniformLabels, UniformPixels
+from zsq.synthesis.networks import (
+    ConditionalTrunk,
+    ConvTrunk,
+    LabelTimesNoise,
+    PlainNoise,
+    UpsampleGenerator,
+)
+from zsq.synthesis.sampling import CropAndFlip, GaussianPixels, LowPass, ShiftAndFlip, UniformLabels, UniformPixels
 
 __all__ = [
     "Change",
+    "ConditionalTrunk",
+    "ConvTrunk",
+    "CropAndFlip",
     "GaussianPixels",
+    "LabelTimesNoise",
+    "LowPass",
     "Noise",
     "OptimizeImages",
     "OptimizeLatents",
+    "PlainNoise",
     "Plateau",
     "ShiftAndFlip",
+    "TrainGenerator",
     "UniformLabels",
     "UniformPixels",
     "UpsampleGenerator",

@@ -10,8 +10,20 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from zsq.core import Batch, Job, Loss, Objective, Recipe, RecipeError, check_counts, check_positive, needs, start
-from zsq.synthesis.sampling import GaussianPixels, ShiftAndFlip, UniformLabels
+from zsq.core import (
+    Batch,
+    Job,
+    Loss,
+    Objective,
+    Recipe,
+    RecipeError,
+    Transform,
+    check_counts,
+    check_positive,
+    needs,
+    start,
+)
+from zsq.synthesis.sampling import GaussianPixels, UniformLabels
 
 __all__ = ["Noise", "OptimizeImages", "Piece", "PixelInit", "Plateau", "batch_sizes", "made"]
 
@@ -75,7 +87,7 @@ class OptimizeImages(Recipe):
     pixels: PixelInit = GaussianPixels()
     labels: UniformLabels | None = None
     """Classes the images are made for; None for objectives that read none."""
-    jitter: ShiftAndFlip | None = None
+    jitter: Transform | None = None
     """How an image is moved before each look."""
     samples: int = 64
     """Images in all."""
@@ -96,14 +108,15 @@ class OptimizeImages(Recipe):
     def stream(self, job: Job) -> Iterator[Batch]:
         """The batches, each a piece of work of its own."""
         for index, size in enumerate(batch_sizes(self.samples, self.batch_size)):
-            yield made(job.run.cached(f"images/{index}", partial(self._optimize, size, job)))
+            batch = made(job.run.cached(f"images/{index}", partial(self._optimize, size, job)))
+            job.made.append(batch)
+            yield batch
 
     def _optimize(self, size: int, job: Job) -> Piece:
         rng = job.run.generator("images")
         labels = None
         if self.labels is not None:
-            classes = job.teacher.view(torch.zeros(1, *job.input_shape, device=job.run.device)).logits.shape[1]
-            labels = self.labels.draw(size, classes, rng).to(job.run.device)
+            labels = self.labels.draw(size, job.classes, rng).to(job.run.device)
         pixels = self.pixels.draw((size, *job.input_shape), rng).to(job.run.device).requires_grad_()
         optimizer = Adam([pixels], lr=self.lr)
         schedule = self.schedule.build(optimizer) if self.schedule else None
@@ -111,6 +124,7 @@ class OptimizeImages(Recipe):
         look: Callable[[Tensor], Tensor] = partial(self.jitter.move, rng=rng) if self.jitter else (lambda x: x)
         for step in job.run.progress(self.steps, "synthesize"):
             loss = objective(job.teacher.view(look(pixels), seen, labels=labels))
+            objective.check("synthesize", step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

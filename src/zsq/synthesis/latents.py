@@ -76,6 +76,7 @@ class OptimizeLatents(Recipe):
         for step in job.run.progress(self.steps, "synthesize"):
             images = generator(latents)
             loss = objective(teacher.view(images, seen))
+            objective.check("synthesize", step)
             drive_latents.zero_grad()
             drive_generator.zero_grad()
             loss.backward()

@@ -1,13 +1,14 @@
-"""What images start from: label samplers, first pixels, and the jitters that move an image before it is looked at."""
+"""What images start from: label samplers, first pixels; and what is done to an image before it is looked at."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zsq.core import Recipe, RecipeError, check_positive
 
-__all__ = ["GaussianPixels", "ShiftAndFlip", "UniformLabels", "UniformPixels"]
+__all__ = ["CropAndFlip", "GaussianPixels", "LowPass", "ShiftAndFlip", "UniformLabels", "UniformPixels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +69,61 @@ class ShiftAndFlip(Recipe):
         down, right = torch.randint(-self.limit, self.limit + 1, (2,), generator=rng).tolist()
         moved = images.roll((down, right), (2, 3))
         return moved.flip(3) if self.flip and torch.rand(1, generator=rng).item() < 0.5 else moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropAndFlip(Recipe):
+    """Show each image a random part of itself, resized to the whole and mirrored half of the time.
+
+    As torchvision's RandomResizedCrop: the part has a share of the area uniform in ``scale`` .. 1 and an aspect ratio
+    log-uniform in 3/4 .. 4/3. It is read bilinearly at real-valued positions and lies within the image.
+    """
+
+    scale: float = 0.5
+    """Least share of the area."""
+    probability: float = 1.0
+    """How often a batch is cropped at all; otherwise all of its images pass unchanged."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.scale <= 1 and 0 <= self.probability <= 1):
+            raise RecipeError(f"scale must lie in (0, 1] and probability in [0, 1], got {self}")
+
+    def move(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """``images`` (N, C, H, W), each cropped on its own."""
+        cropped = torch.rand(1, generator=rng).item() < self.probability
+        area, ratio, right, down, flip = torch.rand(5, len(images), generator=rng)
+        if not cropped:
+            return images
+        area = self.scale + (1 - self.scale) * area
+        stretch = (4 / 3) ** (2 * ratio - 1)
+        # sides as shares of the image's; a side that would stick out ends at the border
+        width, height = (area * stretch).sqrt().clamp(max=1), (area / stretch).sqrt().clamp(max=1)
+        x, y = (1 - width) * (2 * right - 1), (1 - height) * (2 * down - 1)  # centres, the image being -1 .. 1
+        mirrored = torch.where(flip < 0.5, -width, width)
+        nothing = torch.zeros_like(x)
+        theta = torch.stack([mirrored, nothing, x, nothing, height, y], 1).view(-1, 2, 3).to(images)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowPass(Recipe):
+    """Damp high frequencies by a Gaussian: gain exp(-d^2 / (2 D0^2)) at distance d from zero frequency (SynQ, Eq. 4).
+
+    Distances count periods along the image's side. D0 is given as a share of that side, so that it means the same
+    at every size: SynQ's 80 at 224 pixels is 0.357.
+    """
+
+    cutoff: float = 80 / 224
+    """D0 divided by the side; the gain there is 0.607."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "cutoff")
+
+    def move(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """``images`` (N, C, H, W), filtered; nothing is drawn."""
+        height, width = images.shape[2:]
+        u, v = torch.fft.fftfreq(height, device=images.device), torch.fft.rfftfreq(width, device=images.device)
+        gain = torch.exp(-(u[:, None] ** 2 + v**2) / (2 * self.cutoff**2)).to(images.dtype)
+        filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(height, width))
+        return filtered

@@ -1,0 +1,129 @@
+"""IntraQ (Zhong et al., CVPR 2022, arXiv 2111.09136): images that differ within their class, then distillation.
+
+Three devices: the object is optimized at random scales and places (``CropAndFlip``), features stay in a ring around the
+centre of their class (``CentreDistance``), and the confidence asked for is drawn from a range (``SoftInception``).
+Margins of the paper for ImageNet are from memory of its readers; those of CIFAR (preset ``cifar``, for 10 classes;
+``cifar100``) are the released scripts'. Ranges are found on the images that are trained on; the released code finds
+them on those of a GDFQ generator and feeds its moving average its own correction (preset ``released``, which also has
+the margins of the released ImageNet script, where only the crops are active).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from zsq.core import Job, Loss, Method, MultiStep, Paper, RecipeError, View
+from zsq.losses import CentreDistance, Distillation, StudentCrossEntropy
+from zsq.methods.gdfq import BATCH_STATISTICS, WARM_UP_GENERATOR
+from zsq.quant import QAT_LOWBIT_ALL, Distill, InsertFakeQuant, TrackRanges
+from zsq.synthesis import CropAndFlip, OptimizeImages, Plateau, UniformLabels
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftInception(Loss):
+    """Mean of (p_y - t)^2, p_y the teacher's probability of the label; t is 1 or, half of the time, U(``least``, 1).
+
+    Targets are drawn once for each image. Only the label's entry counts, and a confidence above t is pushed down.
+    """
+
+    least: float = 0.9
+    """Lower end of the confidences asked for; 1 asks for certainty always."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= 1:
+            raise RecipeError(f"least must lie in [0, 1], got {self.least}")
+
+    def begin(self, job: Job) -> Callable[[View], Tensor]:
+        """The term with the targets of one batch, drawn at the first look."""
+        rng, targets = job.run.generator("confidence"), list[Tensor]()
+
+        def term(view: View) -> Tensor:
+            if not targets:
+                certain, drawn = torch.rand(2, len(view.labels), generator=rng)
+                soft = self.least + (1 - self.least) * drawn
+                targets.append(torch.where(certain < 0.5, soft, 1.0).to(view.logits))
+            return self.distance(view, targets[0])
+
+        return term
+
+    def value(self, view: View) -> Tensor:
+        """The term where certainty is asked for."""
+        return self.distance(view, torch.ones_like(view.logits[:, 0]))
+
+    def distance(self, view: View, targets: Tensor) -> Tensor:
+        """The mean squared distance of the labels' probabilities from ``targets`` (N,)."""
+        p = view.logits.softmax(1).gather(1, view.labels[:, None])[:, 0]
+        return (p - targets).square().mean()
+
+
+CIFAR = {
+    "synthesizer.loss.soft_inception.least": 0.95,
+    "synthesizer.loss.centre_distance.lower": 0.05,
+    "quantizer.distill.batch_size": 256,
+    "quantizer.distill.lr": 1e-4,
+    "quantizer.distill.schedule.at": (3_200, 7_200, 11_200),  # epochs 20, 40 and 60
+}
+
+FAST = {
+    "synthesizer.samples": 512,
+    "synthesizer.batch_size": 128,
+    "synthesizer.steps": 200,
+    "synthesizer.schedule.patience": 20,
+    "quantizer.track_ranges.steps": 50,
+    "quantizer.distill.batch_size": 64,
+    "quantizer.distill.schedule.at": (450,),
+    "quantizer.distill.steps": 600,
+}
+"""Minutes on two cores, for networks of 32 pixels."""
+
+INTRAQ = Method(
+    name="intraq",
+    paper=Paper(
+        title="IntraQ: Learning Synthetic Images with Intra-Class Heterogeneity for Zero-Shot Network Quantization",
+        venue="CVPR 2022",
+        arxiv="2111.09136",
+    ),
+    synthesizer=OptimizeImages(
+        loss=BATCH_STATISTICS + SoftInception() + CentreDistance(lower=0.3, upper=0.8),
+        labels=UniformLabels(),
+        jitter=CropAndFlip(scale=0.5, probability=0.5),
+        samples=5_120,
+        batch_size=256,
+        steps=1_000,
+        lr=0.5,
+        schedule=Plateau(patience=50),
+    ),
+    quantizer=(
+        InsertFakeQuant(protocol=QAT_LOWBIT_ALL, follow=True),
+        TrackRanges(steps=800),
+        Distill(
+            loss=20 * Distillation() + StudentCrossEntropy(),
+            transforms=(CropAndFlip(scale=0.5),),
+            lr=1e-6,
+            schedule=MultiStep(at=(19_200,)),  # epoch 100
+            steps=29_400,  # epochs 4 to 150
+            batch_size=16,
+        ),
+    ),
+    presets={
+        "cifar": CIFAR,
+        "cifar100": {
+            **CIFAR,
+            "synthesizer.loss.soft_inception.least": 0.6,
+            "synthesizer.loss.centre_distance.lower": 0.02,
+            "synthesizer.loss.centre_distance.upper": 1.0,
+        },
+        "released": {
+            **WARM_UP_GENERATOR,
+            "synthesizer.loss.soft_inception.least": 1.0,
+            "synthesizer.loss.centre_distance.lower": 0.0,
+            "synthesizer.loss.centre_distance.upper": 2.0,
+        },
+        "fast": {**CIFAR, **FAST},
+    },
+)
