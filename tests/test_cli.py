@@ -93,8 +93,12 @@ def test_methods(capsys: pytest.CaptureFixture[str]):
     assert lines[0].split() == ["method", "needs", "trains", "images", "venue", "confidence", "protocol"]
     genie = next(line for line in lines if line.startswith("genie"))
     assert genie.split() == ["genie", "bn", "yes", "OptimizeLatents", "CVPR", "2023", "high", "ptq-8bit-ends"]
-    controls = lines[lines.index("controls") + 1 :]
-    assert [line.split()[0] for line in controls] == ["nearest"]
+    controls, plugins = lines.index("controls"), lines.index("plug-ins, written NAME+HOST")
+    assert [line.split()[0] for line in lines[controls + 1 : plugins - 1]] == ["nearest"]
+    assert lines[plugins + 1 :] == [
+        "synq  on zeroq, intraq, genie, hast, gdfq, qimera, ait",
+        "ait   on intraq, hast, synq, gdfq, qimera",
+    ]
 
 
 def test_methods_as_json(capsys: pytest.CaptureFixture[str]):
@@ -105,6 +109,8 @@ def test_methods_as_json(capsys: pytest.CaptureFixture[str]):
     assert zeroq["trains"] is False
     assert zeroq["arxiv"] == "2001.00281"
     assert [each["method"] for each in facts["controls"]] == ["nearest"]
+    assert [each["plugin"] for each in facts["plugins"]] == ["synq", "ait"]
+    assert facts["plugins"][1]["hosts"] == ["intraq", "hast", "synq", "gdfq", "qimera"]
 
 
 def test_show(capsys: pytest.CaptureFixture[str]):
@@ -135,6 +141,54 @@ def test_diff(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == ""
 
 
+def test_what_distinguishes_qimera_from_gdfq_is_where_its_images_start(capsys: pytest.CaptureFixture[str]):
+    assert main(["diff", "gdfq", "qimera"]) == 0
+    assert capsys.readouterr().out == (
+        "- synthesizer.latents = PlainNoise\n"
+        "+ synthesizer.latents = SuperposedClasses\n"
+        "+ synthesizer.latents.superposed = 500\n"
+        "+ synthesizer.latents.share = 0.4\n"
+        "+ synthesizer.latents.mapping = True\n"
+        "+ synthesizer.latents.from_classifier = True\n"
+    )
+
+
+def test_what_distinguishes_hast_from_intraq_are_hard_images_and_aligned_energies(capsys: pytest.CaptureFixture[str]):
+    assert main(["diff", "intraq", "hast"]) == 0
+    assert capsys.readouterr().out == (
+        "- synthesizer.loss.soft_inception = SoftInception\n"
+        "- synthesizer.loss.soft_inception.weight = 1.0\n"
+        "- synthesizer.loss.soft_inception.least = 0.9\n"
+        "- synthesizer.loss.centre_distance = CentreDistance\n"
+        "- synthesizer.loss.centre_distance.weight = 1.0\n"
+        "- synthesizer.loss.centre_distance.lower = 0.3\n"
+        "- synthesizer.loss.centre_distance.upper = 0.8\n"
+        "+ synthesizer.loss.hard_cross_entropy = HardCrossEntropy\n"
+        "+ synthesizer.loss.hard_cross_entropy.weight = 0.1\n"
+        "+ synthesizer.loss.hard_cross_entropy.focus = 0.5\n"
+        "- synthesizer.jitter.scale = 0.5\n"
+        "+ synthesizer.jitter.scale = 0.4\n"
+        "- quantizer.distill.loss.student_cross_entropy = StudentCrossEntropy\n"
+        "- quantizer.distill.loss.student_cross_entropy.weight = 1.0\n"
+        "+ quantizer.distill.loss.branch_energies = BranchEnergies\n"
+        "+ quantizer.distill.loss.branch_energies.weight = 4000.0\n"
+        "- quantizer.distill.gradient = Once\n"
+        "+ quantizer.distill.gradient = Perturbed\n"
+        "+ quantizer.distill.gradient.epsilon = 0.01\n"
+        "+ quantizer.distill.gradient.moved = None\n"
+        "+ quantizer.distill.gradient.weight = 1.0\n"
+        "+ quantizer.distill.gradient.beside = None\n"
+    )
+
+
+def test_a_plug_in_is_shown_on_its_host(capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "ait+qimera"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ait+qimera: It's All In the Teacher")
+    assert "synthesizer.latents = SuperposedClasses" in lines
+    assert "quantizer.distill.optimizer = Inundation" in lines
+
+
 def test_models(capsys: pytest.CaptureFixture[str]):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
@@ -161,6 +215,16 @@ def test_quantize_sums_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert facts[name]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"recipe", "student.safetensors", "metrics.json", "images.safetensors", "images.png"} <= names
+
+
+def test_quantize_in_another_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["quantize", "zoo:digits-resnet", "--method", "zeroq", "--bits", "w4a4", *SMOKE, "--out"]
+    assert main([*words, str(tmp_path / "short"), "--precision", "bfloat16"]) == 0
+    assert "precision      bfloat16" in capsys.readouterr().out.splitlines()
+    assert json.loads((tmp_path / "short" / "metrics.json").read_text())["precision"] == "bfloat16"
+    assert main([*words, str(tmp_path / "long")]) == 0
+    assert "precision" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "long" / "metrics.json").read_text())["precision"] == "float32"
 
 
 def test_quantize_says_when_nothing_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -264,6 +328,9 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (("--input-shape", "3,8,8"), "does not run on images (1, 3, 8, 8)"),
         (("--mean", "0.1,0.2"), "takes 1 channels"),
         (("--std", "0"), "std above 0"),
+        (("--precision", "float16"), "'float16' is not one of 'float32', 'bfloat16'"),
+        (("--method", "genie+gdfq"), "'genie' takes no host: plug-ins are synq, ait"),
+        (("--method", "ait+zeroq"), "ait changes how a student is distilled, and zeroq does not distill"),
         (("--device", "cuda:99"), "no device 'cuda:99' here: there is cpu"),
         (("--device", "abacus"), "no device 'abacus' here"),
         (("--threads", "0"), "'--threads'"),

@@ -22,10 +22,11 @@ ALLOWED = {
     "evaluate": "core nets quant",
     "store": "core nets quant",
     "api": "core nets quant methods evaluate store version",
-    "cli": "allocator core nets methods evaluate api zoo version",
+    "cli": "allocator core nets methods evaluate api torchrun zoo version",
     "__main__": "cli",
     "__init__": "api core evaluate methods nets version",
     "allocator": "",
+    "torchrun": "",
     "version": "",
 }
 MORE = {"zoo/train.py": {"allocator", "evaluate"}}

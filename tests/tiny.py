@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsq.methods import BASELINES, METHODS
+from zsq.api import find_method
 
 torch.set_num_threads(1)  # on tensors this small two threads only wait for each other
 
@@ -98,6 +98,6 @@ SIZES = {"candidates": 5, "latent": 8, "wide": 6, "narrow": 4}
 
 def settings(method: str, **counts: int) -> dict[str, Any]:
     """How the tests call ``quantize`` on these networks: all sizes small, and ``counts`` at every leaf of that name."""
-    names, leaves = {**SIZES, **counts}, {**METHODS, **BASELINES}[method].leaves()
+    names, leaves = {**SIZES, **counts}, find_method(method).leaves()
     changes = {path: names[name] for path, _ in leaves if (name := path.rpartition(".")[2]) in names}
     return {"effort": "smoke", "input_shape": SHAPE, "device": "cpu", "overrides": changes}

@@ -39,7 +39,7 @@ from zsq.evaluate import Accuracy, Images, check_images, evaluate, read_images
 from zsq.methods import BASELINES, METHODS, PLUGINS
 from zsq.nets.graph import capture
 from zsq.nets.load import Network, load_network
-from zsq.quant import PROTOCOLS, InsertFakeQuant, QuantizationProtocol
+from zsq.quant import PROTOCOLS, Distill, InsertFakeQuant, QuantizationProtocol
 from zsq.quant.placement import float_tensors
 from zsq.quant.quantizers import freeze
 from zsq.store import load_student, save_student
@@ -105,17 +105,18 @@ def quantize(
     network = _network(model, checkpoint=checkpoint, input_shape=input_shape, mean=mean, std=std)
     run = Run(out, seed=seed, device=device, precision=precision, reporter=reporter)
     teacher = Teacher(network.module)
-    _check(recipe, teacher)
     images = _images(data, network)
     digest = teacher.digest()
     with run.timed("capture"):
         student = capture(teacher.module.to(run.device), torch.zeros(2, *network.input_shape, device=run.device))
+    job = Job(teacher, student, bits, run, network.input_shape, pixel_range(network))
+    _check(recipe, teacher)
+    _check_shares(recipe, run)
     identity = {"method": recipe.name, "bits": str(bits), "seed": str(seed), "teacher": digest, "recipe": show(recipe)}
     if precision != "float32":
         identity["precision"] = precision
     run.claim(identity)
     run.write("recipe", f"{recipe.name} {bits}, seed {seed}\n\n{show(recipe)}\n".encode())
-    job = Job(teacher, student, bits, run, network.input_shape, pixel_range(network))
     source = Source(recipe.synthesizer, job)
     finite = _reads_images(recipe) and not source.live
     if finite:
@@ -193,10 +194,10 @@ def synthesize(
     network = _network(model, checkpoint=checkpoint, input_shape=input_shape, mean=mean, std=std)
     run = Run(seed=seed, device=device, reporter=reporter)
     teacher = Teacher(network.module)
-    _check(recipe, teacher)
     teacher.module.to(run.device)
     student = capture(teacher.module, torch.zeros(2, *network.input_shape, device=run.device))
     job = Job(teacher, student, Bits(), run, network.input_shape, pixel_range(network))
+    _check(recipe, teacher)
     return Source(recipe.synthesizer, job).take(samples), network
 
 
@@ -332,6 +333,17 @@ def _check(recipe: Method, teacher: Teacher) -> None:
     except UnsupportedModel as error:
         fitting = [name for name, each in METHODS.items() if needs(each) <= teacher.offers | ALWAYS]
         raise UnsupportedModel(f"{error}; methods that fit: {', '.join(fitting) or 'none yet'}") from None
+
+
+def _check_shares(recipe: Method, run: Run) -> None:
+    for step in recipe.quantizer:
+        if isinstance(step, Distill):
+            run.share(getattr(recipe.synthesizer if recipe.synthesizer.live else step, "batch_size", 0))
+            if step.student_bn == "train" and run.world > 1:
+                raise RecipeError(
+                    f"student_bn='train' takes the statistics of a whole batch, and each of {run.world} processes "
+                    "sees its share: choose 'eval', or one process"
+                )
 
 
 def _images(data: str | Path | Images | None, network: Network) -> Images | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from zsq.allocator import keep_freed_memory
+from zsq.torchrun import joined
 from zsq.version import __version__
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ Mean = Annotated[str | None, typer.Option(metavar="X,...", help="Per channel, of
 Std = Annotated[str | None, typer.Option(metavar="X,...", help="Per channel, of images in 0..1.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same bits.")]
 Device = Annotated[str, typer.Option(help="auto (an accelerator if there is one), cpu, cuda:0 ...")]
+PrecisionName = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option("--precision", help="What layers compute in while methods look and train; results are float32."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 DATA_HELP = "A .zip or folder in ImageFolder layout, an .npz with x and y, or digits. Only ever read to report."
@@ -66,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            with command.make_context("zsq", words or ["--help"]) as context:
+            with command.make_context("zsq", words or ["--help"]) as context, joined():
                 command.invoke(context)
             sys.stdout.flush()
         except typer.Exit as stop:
@@ -94,18 +99,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """List the systems and the controls."""
-    from zsq.methods import BASELINES, METHODS
+    """List the systems, the controls and the plug-ins."""
+    from zsq.methods import BASELINES, METHODS, PLUGINS
 
     systems, controls = ([_facts(method) for method in group.values()] for group in (METHODS, BASELINES))
+    hosts = {plugin: _hosts(plugin) for plugin in PLUGINS}
     if as_json:
-        _print_json({"methods": systems, "controls": controls})
+        plugins = [{"plugin": plugin, "hosts": taken} for plugin, taken in hosts.items()]
+        _print_json({"methods": systems, "controls": controls, "plugins": plugins})
         return
     header = ("method", "needs", "trains", "images", "venue", "confidence", "protocol")
     rows = [[_cell(facts[name]) for name in header] for facts in (*systems, *controls)]
     lines = _table([list(header), *rows])
     first = 1 + len(systems)
-    print("\n".join([*lines[:first], "", "controls", *lines[first:]]))
+    plugged = _table([[plugin, f"on {', '.join(taken)}"] for plugin, taken in hosts.items()])
+    blocks = [*lines[:first], "", "controls", *lines[first:], "", "plug-ins, written NAME+HOST", *plugged]
+    print("\n".join(blocks))
 
 
 @app.command()
@@ -189,6 +198,7 @@ def quantize(
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    precision: PrecisionName = "float32",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -213,6 +223,7 @@ def quantize(
             out=out,
             seed=seed,
             device=device,
+            precision=precision,
             reporter=reporter,
             **network,
         )
@@ -392,11 +403,26 @@ def _facts(method: "Method") -> dict[str, Any]:
     }
 
 
+def _hosts(plugin: str) -> list[str]:
+    """The systems that ``plugin`` takes as a host."""
+    from zsq.core import RecipeError
+    from zsq.methods import METHODS, PLUGINS
+
+    taken = []
+    for name, method in METHODS.items():
+        with contextlib.suppress(RecipeError):
+            PLUGINS[plugin](method)
+            taken.append(name)
+    return [name for name in taken if name != plugin]
+
+
 def _summary(metrics: dict[str, Any], out: Path) -> list[list[str]]:
     """The facts of a finished run as rows of a table."""
     rows = [[name, str(metrics[name])] for name in ("model", "method", "bits", "protocol", "effort", "seed")]
     if metrics["preset"] != "paper":
         rows.append(["preset", metrics["preset"]])
+    if metrics["precision"] != "float32":
+        rows.append(["precision", metrics["precision"]])
     rows += [["set", f"{path}={value}"] for path, value in metrics["overrides"].items()]
     rows += _accuracy_rows(metrics["accuracy"]) if "accuracy" in metrics else [["accuracy", "not measured: no --data"]]
     left, size, seconds = metrics["float_tensors"], metrics["bytes"], metrics["seconds"]

@@ -7,12 +7,14 @@ import tiny
 from zsq.api import Result, quantize
 from zsq.methods import BASELINES, METHODS
 
-EVERY = {**METHODS, **BASELINES}
+PLUGGED = ("ait+qimera", "synq+genie")
+"""Plug-ins on another host than that of their paper."""
+EVERY = (*METHODS, *BASELINES, *PLUGGED)
 
 
 @pytest.fixture(params=EVERY)
 def method(request: pytest.FixtureRequest) -> str:
-    """The name of every method and control in turn."""
+    """The name of every method and control in turn, and of plug-ins on a host."""
     return request.param
 
 

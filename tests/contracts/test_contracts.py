@@ -1,15 +1,17 @@
 """What every method promises, on networks small enough to run them all. Nobody is excused."""
 
 import copy
+from functools import partial
 
 import pytest
 import tiny
 import torch
 from torch.testing import assert_close
 
+import zsq.api
 import zsq.core.run
-from zsq.api import find_method, load, quantize
-from zsq.core import FLOAT, Bits, Job, NoData, Run, Source, Teacher, UnsupportedModel, needs, smoke
+from zsq.api import find_method, load, quantize, resolve
+from zsq.core import FLOAT, Bits, Job, NoData, RecipeError, Run, Source, Teacher, UnsupportedModel, needs, smoke
 from zsq.methods import METHODS
 from zsq.nets.graph import capture
 from zsq.nets.load import load_network
@@ -117,19 +119,20 @@ class Killed(Exception):
 
 
 def test_a_run_that_dies_at_every_write_ends_with_the_same_bits(method, result_of, tmp_path, monkeypatch, photos):
-    """Each process lives until one more file has appeared; the next continues in the same folder."""
+    """Each process lives until one more file or step has been saved; the next continues in the same folder."""
     write = zsq.core.run.save_atomically
 
     def write_and_die(path, content):
-        new = not path.exists()
+        further = not path.exists() or path.name == "checkpoint.pt"
         write(path, content)
-        if new:
+        if further:
             raise Killed
 
     deaths, student = 0, None
     while student is None:
         with monkeypatch.context() as patch:
             patch.setattr(zsq.core.run, "save_atomically", write_and_die)
+            patch.setattr(zsq.api, "Run", partial(Run, save_every=0))  # a checkpoint at every step of a loop
             try:
                 student = quantize(tiny.cnn(), method, "w3a4", out=tmp_path / "run", **tiny.settings(method)).student
             except Killed:
@@ -164,6 +167,18 @@ def test_every_leaf_can_be_overridden(method):
     assert recipe.override(leaves) == recipe
     for path, value in leaves.items():
         assert recipe.override({path: value}) == recipe, path
+
+
+def test_every_preset_fits_its_own_images(method, cnn, job_for):
+    recipe, teacher = find_method(method), job_for(cnn).teacher
+    for preset in ("paper", *recipe.presets):
+        for effort in ("paper", "smoke", *({"fast"} & recipe.presets.keys())):
+            resolved = resolve(method, preset=preset, effort=effort)
+            if (preset, effort) == ("released", "smoke") and recipe.trains:
+                with pytest.raises(RecipeError, match="take 200 steps to settle, got 3"):
+                    resolved.check(teacher)
+            else:
+                resolved.check(teacher)
 
 
 def test_nothing_is_printed(method, tmp_path, capfd):

@@ -1,9 +1,11 @@
+import math
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from zsq.core import Loss, Objective, RecipeError, View, start
+from zsq.core import Loss, Objective, RecipeError, RunError, View, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +76,47 @@ def test_a_memory_lasts_for_one_optimisation():
 def test_a_term_is_reached_by_its_name():
     changed = (Mean() + Square()).override({"square.power": 3.0, "mean.weight": 0.5})
     assert changed == 0.5 * Mean() + Square(power=3.0)
+
+
+def test_the_terms_are_told_apart_in_numbers():
+    # mean 2, mean square 5
+    total = start(Mean() + 0.1 * Square(), None)
+    total(VIEW)
+    assert total.numbers() == pytest.approx({"mean": 2.0, "square": 0.5})
+    total(View(VIEW.images, 2 * VIEW.logits))
+    assert total.numbers() == pytest.approx({"mean": 4.0, "square": 2.0})  # of the last look
+
+
+def test_the_gradient_is_that_of_the_weighted_sum():
+    # d/dz of mean(z) + 0.1 mean(z^2) = 1/2 + 0.1 z
+    logits = VIEW.logits.clone().requires_grad_()
+    start(Mean() + 0.1 * Square(), None)(View(VIEW.images, logits)).backward()
+    assert logits.grad.tolist() == [pytest.approx([0.6, 0.8])]
+
+
+@pytest.mark.parametrize(("logit", "word"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_a_value_that_is_not_finite_names_its_term_and_step(logit, word):
+    total = start(Square(power=1.0) + Count(), None)
+    total(View(VIEW.images, torch.full((1, 2), logit)))
+    with pytest.raises(RunError, match=rf"^distill diverged at step 7: square is {word}; a lower learning rate may"):
+        total.check("distill", 7)
+
+
+def test_every_term_that_is_not_finite_is_named():
+    total = start(Mean() + 2 * Square() + Count(), None)
+    total(View(VIEW.images, torch.full((1, 2), -math.inf)))
+    with pytest.raises(RunError, match=re.escape("mean is -inf, square is inf; ")):
+        total.check("synthesize", 0)
+
+
+def test_finite_values_pass_however_large():
+    total = start(Mean() + Square(), None)
+    total(View(VIEW.images, torch.full((1, 2), 1e18)))
+    total.check("distill", 0)
+
+
+def test_a_check_is_of_the_last_value():
+    total = start(Mean(), None)
+    total(View(VIEW.images, torch.full((1, 2), math.nan)))
+    total(VIEW)
+    total.check("distill", 1)

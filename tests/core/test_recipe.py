@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from zsq.core import Loss, Recipe, RecipeError, check_counts, diff, needs, show, walk
 from zsq.losses import BNStatistics, CrossEntropy, ImageStatistics
 from zsq.methods import BASELINES, METHODS
-from zsq.synthesis import GaussianPixels, OptimizeImages, Plateau, UniformPixels
+from zsq.synthesis import GaussianPixels, OptimizeImages, Plateau, UniformLabels, UniformPixels
 
 EVERY = {**METHODS, **BASELINES}
 RECIPES = {
@@ -147,7 +147,7 @@ def test_needs_are_collected_from_all_depths():
 
 
 def test_terms_of_an_objective_are_reached_by_name():
-    images = OptimizeImages(loss=CrossEntropy() + 0.1 * BNStatistics())
+    images = OptimizeImages(loss=CrossEntropy() + 0.1 * BNStatistics(), labels=UniformLabels())
     changed = images.override({"loss.bn_statistics.weight": 2, "loss.cross_entropy": ImageStatistics(weight=3.0)})
     assert str(changed.loss) == "3 * ImageStatistics + 2 * BNStatistics"
     assert "CrossEntropy" not in str(changed.override({"loss": BNStatistics()}).loss)

@@ -315,3 +315,24 @@ def test_seconds_add_up_by_stage():
 def test_a_device_that_is_not_there_lists_what_is(name):
     with pytest.raises(RunError, match=f"no device '{name}' here: there is cpu"):
         Run(device=name)
+
+
+# --- precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_layers_compute_in_the_precision_of_the_run(precision, dtype):
+    layer, x = nn.Linear(4, 4), torch.ones(2, 4)
+    with here(precision=precision).autocast():
+        assert layer(x).dtype == dtype
+    assert layer(x).dtype == layer.weight.dtype == torch.float32
+
+
+def test_full_precision_is_the_default():
+    assert here().precision == "float32"
+
+
+def test_a_precision_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(RunError, match="precision is float32 or bfloat16, got 'float16'"):
+        here(tmp_path / "run", precision="float16")
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from zsq.core import Batch, Recipe, RecipeError, Run, Source
+from zsq.core import Batch, Recipe, RecipeError, Run, Source, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,3 +138,73 @@ def test_asking_for_more_gives_all_there_is(job):
 def test_a_set_without_images_is_a_mistake(job):
     with pytest.raises(RecipeError, match="made no images"):
         Source(Counted(sizes=()), job).take()
+
+
+# --- labels and logits ------------------------------------------------------------------------------------------
+
+
+def test_joining_keeps_labels_only_of_one_kind():
+    images = torch.zeros(2, 1, 1, 1)
+    indices, shares = Batch(images, torch.tensor([1, 2])), Batch(images, torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    assert Batch.join([indices, shares]).labels is None
+    assert Batch.join([shares, shares]).labels.tolist() == [[0.5, 0.5], [1.0, 0.0]] * 2
+
+
+def test_joining_keeps_logits_only_if_all_have_them():
+    images, logits = torch.zeros(2, 1, 1, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    known, unknown = Batch(images, logits=logits), Batch(images, torch.tensor([1, 2]))
+    assert torch.equal(Batch.join([known, known]).logits, torch.cat([logits, logits]))
+    assert Batch.join([known, unknown]).logits is None
+    assert Batch.join([unknown, unknown]).logits is None
+
+
+def test_a_part_of_a_batch_keeps_labels_and_logits():
+    images = torch.arange(3.0)[:, None, None, None]
+    batch = Batch(images, torch.tensor([5, 6, 7]), torch.tensor([[1.0], [2.0], [3.0]]))
+    part = batch[torch.tensor([2, 0])]
+    assert (pixels(part), part.labels.tolist(), part.logits.tolist()) == ([2, 0], [7, 5], [[3.0], [1.0]])
+    assert len(batch[1:]) == 2
+    assert Batch(images)[:1] == Batch(images[:1])
+
+
+@dataclass
+class Watching:
+    """A teacher whose logits are the pixel and its double, and who counts."""
+
+    seen: list[int]
+
+    def view(self, images, needs=frozenset()):
+        self.seen.append(len(images))
+        assert not torch.is_grad_enabled()
+        return View(images, images.flatten(1) * torch.tensor([[1.0, 2.0]]))
+
+
+@dataclass
+class JudgedJob(FakeJob):
+    teacher: Watching
+
+
+def test_the_teacher_judges_every_image_once():
+    job = JudgedJob(Run(device="cpu"), Watching([]))
+    source = Source(Counted(), job)
+    assert source.batch(0, 4).logits is None
+    source.tell_logits(size=4)
+    source.tell_logits(size=4)
+    assert job.teacher.seen == [4, 4, 2]
+    for step in range(5):
+        batch = source.batch(step, 4)
+        assert batch.logits[:, 0].tolist() == batch.labels.tolist() == pixels(batch)
+    assert source.take(3).logits.tolist() == [[0.0, 0.0], [1.0, 2.0], [2.0, 4.0]]
+    assert [each.logits.shape for each in source.batches(8)] == [(8, 2), (2, 2)]
+
+
+def test_telling_logits_changes_no_batch():
+    plain, told = (Source(Counted(), JudgedJob(Run(device="cpu"), Watching([]))) for _ in range(2))
+    told.tell_logits()
+    for step in range(4):
+        assert pixels(plain.batch(step, 3)) == pixels(told.batch(step, 3))
+
+
+def test_a_live_stream_cannot_be_judged_once(job):
+    with pytest.raises(RecipeError, match="without end: say how many"):
+        Source(Endless(), job).tell_logits()

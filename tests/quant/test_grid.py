@@ -8,7 +8,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from zsq.core import RecipeError
-from zsq.quant import LpError, MinMax, Percentile, PerChannel, PerTensor, Scheme
+from zsq.quant import LpError, MinMax, Percentile, PerChannel, PerTensor, RangeAverage, Scheme
 from zsq.quant.grid import affine, fake_quantize
 
 ASYMMETRIC, SYMMETRIC = Scheme(), Scheme(symmetric=True)
@@ -43,6 +43,29 @@ def test_asymmetric_4_bits_over_minus_1_to_1_by_hand():
     grid = affine(x[:1], x[2:], 4, ASYMMETRIC)
     assert 1 / grid.scale.item() == pytest.approx(7.5)
     assert_close(on(grid, x), tensor([-8 / 7.5, 0.0, 7 / 7.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("bits", "low", "high", "x", "codes", "found"),
+    [
+        # 1 / scale = 15 / 1.7 = 8.8235, zero point round(6.18) = 6: 0.33 -> 2.91 -> 3 -> 0.34; 2.0 is clipped
+        (
+            *(4, -0.7, 1.0, [-0.7, -0.33, 0, 0.33, 1.0, 2.0]),
+            *([-8, -5, -2, 1, 7, 7], [-0.68, -0.34, 0, 0.34, 1.02, 1.02]),
+        ),
+        (4, -1.0, 2.0, [0.33], [-1], [0.4]),  # 1 / scale = 5, zero point 5: 1.65 -> 2
+        # 1 / scale = 3.75, zero point round(3.75) = 4: -0.2 -> -0.75 -> -1; 3 -> 11.25 -> 11
+        (4, -1.0, 3.0, [-1, -0.2, 0, 0.5, 3], [-8, -5, -4, -2, 7], [-4 / 3.75, -1 / 3.75, 0, 2 / 3.75, 11 / 3.75]),
+        (4, 0.0, 1.0, [0, 0.1, 0.2, 1, 1.2], [-8, -6, -5, 7, 7], [0, 2 / 15, 0.2, 1, 1]),
+        (2, 0.0, 3.0, [0, 1, 2, 3], [-2, -1, 0, 1], [0, 1, 2, 3]),
+    ],
+)
+def test_the_examples_of_the_papers(bits, low, high, x, codes, found):
+    # the papers count codes from -2^(b-1), here they count from 0
+    x, found = (tensor(each, dtype=torch.float64) for each in (x, found))
+    grid = affine(*tensor([[low], [high]], dtype=torch.float64), bits, ASYMMETRIC)
+    assert_close(on(grid, x), found)
+    assert (found / grid.scale + grid.zero_point - 2 ** (bits - 1)).round().int().tolist() == codes
 
 
 @pytest.mark.parametrize(
@@ -173,6 +196,60 @@ def test_percentile_ignores_an_outlier_that_min_max_sees():
     x[500] = 100
     assert Percentile(share=0.99).of(x[None], 8, ASYMMETRIC, True)[1].item() == pytest.approx(0.995, abs=2e-3)
     assert MinMax().of(x[None], 8, ASYMMETRIC, True)[1].item() == 100
+
+
+def trace(average, ends):
+    """What ``average`` reads after each of ``ends``, numbers, as both ends of a range."""
+    kept, read = None, []
+    for count, end in enumerate(ends, 1):
+        now = tensor(end, dtype=torch.float64)
+        kept = average.update(kept, (-now, now), count)
+        low, high = average.read(kept, count)
+        assert low == -high
+        read.append(high.item())
+    return read
+
+
+def test_a_constant_fed_back_explodes_and_comes_home():
+    # (0.9 * r + 0.1) / (1 - 0.9^t): 0.1 / 0.1 = 1; 1 / 0.19 = 5.263; (4.737 + 0.1) / 0.271 = 17.848;
+    # (16.063 + 0.1) / 0.3439 = 47.000; (42.300 + 0.1) / 0.40951 = 103.54
+    read = trace(RangeAverage(correction="fed back"), [1.0] * 400)
+    assert read[:5] == pytest.approx([1, 5.263, 17.848, 47.000, 103.54], rel=1e-4)
+    assert max(read) == read[20] == pytest.approx(3945, rel=1e-4)
+    known = {50: 488.9, 80: 22.63, 100: 3.6346, 150: 1.01359, 200: 1.00007, 400: 1.0}
+    assert {count: read[count - 1] for count in known} == pytest.approx(known, rel=1e-4)
+
+
+@given(st.floats(0, 0.99), st.integers(1, 50))
+def test_a_constant_is_its_own_average(decay, count):
+    assert trace(RangeAverage(decay=decay), [1.0] * count) == pytest.approx([1] * count)
+
+
+@given(
+    st.lists(st.floats(0, 100), min_size=1, max_size=30),
+    st.floats(0, 0.99),
+    st.sampled_from(["on reading", "fed back"]),
+)
+def test_averages_against_a_slow_transcription(ends, decay, correction):
+    kept, expected = 0.0, []
+    for count, end in enumerate(ends, 1):
+        kept = decay * kept + (1 - decay) * end
+        expected.append(kept / (1 - decay**count))
+        if correction == "fed back":
+            kept = expected[-1]
+    assert trace(RangeAverage(decay=decay, correction=correction), ends) == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=30), st.floats(0, 0.99))
+def test_a_correct_average_lies_between_what_was_seen(ends, decay):
+    read = trace(RangeAverage(decay=decay), ends)
+    assert all(min(ends) * (1 - 1e-9) <= value <= max(ends) * (1 + 1e-9) for value in read)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_averages_refuse_what_makes_no_sense(decay):
+    with pytest.raises(RecipeError):
+        RangeAverage(decay=decay)
 
 
 @pytest.mark.parametrize("make", [lambda: Percentile(share=0.5), lambda: LpError(p=0.0), lambda: LpError(candidates=0)])

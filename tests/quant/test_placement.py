@@ -122,6 +122,7 @@ def test_what_is_left_in_float_is_listed_and_nothing_else(resnet, job_of, apply)
     expected = {
         "minmax-ptq": ["stem.0 <- images", "head <- flatten", *sums],  # averages leave the grid: the head reads float
         "ptq-8bit-ends": ["stem.0 <- images", *sums],
+        "qat-lowbit-all": ["stem.0 <- images", "head <- flatten", *sums],
         "simulate-all": [],
     }
     for name, protocol in PROTOCOLS.items():

@@ -8,7 +8,18 @@ from torch import nn, tensor
 from torch.testing import assert_close
 
 from zsq.nets.graph import capture
-from zsq.quant import PTQ_8BIT_ENDS, AdaRound, Calibrate, InsertFakeQuant, LpError, MinMax, Nearest, PerChannel, Scheme
+from zsq.quant import (
+    PTQ_8BIT_ENDS,
+    AdaRound,
+    Calibrate,
+    InsertFakeQuant,
+    LpError,
+    MinMax,
+    Nearest,
+    PerChannel,
+    RangeAverage,
+    Scheme,
+)
 from zsq.quant.quantizers import (
     ActivationQuantizer,
     WeightQuantizer,
@@ -130,6 +141,75 @@ def test_a_dead_channel_is_quantized_to_finite_zeros():
         assert layer.weight.isfinite().all()
 
 
+def following(weight, bits=4):
+    return WeightQuantizer.fit(weight, bits, PER_CHANNEL, MinMax(), Nearest(), 0, follow=True)
+
+
+def test_a_grid_follows_a_weight_that_learns():
+    weight = random(3, 10)
+    quantizer = following(weight)
+    moved = (2 * weight + 0.1).requires_grad_()
+    quantizer(moved)
+    fresh = following(moved.detach())
+    assert torch.equal(quantizer.scale, fresh.scale)
+    assert torch.equal(quantizer.zero_point, fresh.zero_point)
+    with torch.no_grad():
+        quantizer(10 * weight)  # a look at another weight is no step of training
+    assert torch.equal(quantizer.scale, fresh.scale)
+
+
+def test_a_grid_that_does_not_follow_stays():
+    weight = random(3, 10)
+    quantizer = WeightQuantizer.fit(weight, 4, PER_CHANNEL, MinMax(), Nearest(), 0)
+    scale = quantizer.scale.clone()
+    quantizer((2 * weight).requires_grad_())
+    assert torch.equal(quantizer.scale, scale)
+    assert torch.equal(quantizer.codes_at(2 * weight), quantizer.integers(2 * weight))
+
+
+def test_codes_are_asked_for_without_a_trace():
+    weight = random(3, 10)
+    quantizer = following(weight)
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    moved = weight * torch.tensor([1.0, 2.0, 3.0])[:, None] + 0.2
+    codes = quantizer.codes_at(moved)
+    assert torch.equal(codes, following(moved).integers(moved))
+    assert not torch.equal(codes, quantizer.integers(moved))  # which are those of the old grid
+    assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.state_dict().items())
+
+
+@given(st.integers(0, 2**31), st.integers(2, 8), st.floats(-2, 2))
+def test_following_keeps_every_weight_within_half_a_step_and_zero_exact(seed, bits, shift):
+    weight = (random(4, 9, seed=seed) + shift).requires_grad_()
+    quantizer = following(random(4, 9), bits)
+    error = (quantizer(weight) - weight).detach()
+    assert (error.abs() <= quantizer.scale * (0.5 + 1e-3)).all()  # the extremes of each channel too
+    assert ((quantizer.zero_point >= 0) & (quantizer.zero_point < 2**bits)).all()
+    assert quantizer(torch.zeros(4, 9)).count_nonzero() == 0
+
+
+def test_the_weight_gets_the_gradient_unchanged():
+    weight = random(3, 10).requires_grad_()
+    grad = random(3, 10, seed=1)
+    for quantizer in (
+        following(random(3, 10)),
+        WeightQuantizer.fit(random(3, 10) / 9, 4, PER_CHANNEL, MinMax(), Nearest(), 0),
+    ):
+        weight.grad = None
+        quantizer(weight).backward(grad)
+        assert torch.equal(weight.grad, grad)  # the second grid clips most of the weight
+        assert quantizer.scale.grad is None
+
+
+def test_freezing_decides_on_the_grid_of_the_last_weight():
+    layer = nn.Linear(10, 3)
+    quantize_weight(layer, 4, PER_CHANNEL, MinMax(), Nearest(), follow=True)
+    learned = float_weight(layer).data.mul_(3).clone()
+    freeze(layer)
+    assert_close(layer.weight, following(learned)(learned))
+    assert weight_quantizer(layer).refit is None
+
+
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +283,73 @@ def test_the_first_batch_decides_whether_a_symmetric_grid_is_signed():
     assert (signed.low, signed.high) == (-8, 7)
     assert signed.scale.item() == pytest.approx(6 / 15)
     assert signed.zero_point.item() == 0
+
+
+def averaged(*batches, **settings):
+    quantizer = ActivationQuantizer(8, Scheme())
+    quantizer.observe(MinMax(), RangeAverage(**settings))
+    for batch in batches:
+        quantizer(batch)
+    return quantizer
+
+
+def test_a_moving_average_of_ranges_by_hand():
+    # maxima 1 and 3: 0.1 * 1 = 0.1, then 0.9 * 0.1 + 0.1 * 3 = 0.39, read as 0.39 / 0.19 = 2.0526; minima 0 and -1:
+    # 0, then -0.1, read as -0.1 / 0.19 = -0.5263
+    one, two = tensor([0.0, 1.0]), tensor([-1.0, 3.0])
+    assert averaged(one).scale.item() == pytest.approx(1 / 255)
+    quantizer = averaged(one, two)
+    assert quantizer.scale.item() == pytest.approx((2.0526 + 0.5263) / 255, rel=1e-4)
+    assert quantizer.zero_point.item() == round(255 * 0.5263 / 2.5789)
+    # fed back: 1, then (0.9 * 1 + 0.1 * 3) / 0.19 = 6.3158
+    assert averaged(one, 3 * one, correction="fed back").scale.item() == pytest.approx(6.3158 / 255, rel=1e-4)
+
+
+@pytest.mark.parametrize("correction", ["on reading", "fed back"])
+def test_an_average_goes_on_from_what_was_kept(correction):
+    batches = [tensor([0.0, 1.0]), tensor([-1.0, 3.0]), tensor([-0.3, 0.7]), tensor([-2.0, 0.1])]
+    whole = averaged(*batches, correction=correction)
+    resumed = averaged(correction=correction)
+    resumed.restore_range(averaged(*batches[:2], correction=correction).range_state())
+    for batch in batches[2:]:
+        resumed(batch)
+    assert resumed.range_state() == whole.range_state()
+
+
+def test_a_kept_range_is_a_range():
+    x = random(50)
+    first, second = calibrated(4, SYMMETRIC, x), ActivationQuantizer(4, SYMMETRIC)
+    second.restore_range(first.range_state())
+    assert second.ready
+    assert torch.equal(second(x), first(x))
+    assert ActivationQuantizer(4, SYMMETRIC).range_state()["ends"] == []
+
+
+def test_a_gradient_reaches_all_values_or_those_inside():
+    x = tensor([-3.0, -1.0, 0.2, 1.0, 5.0], requires_grad=True)
+    quantizer = calibrated(4, Scheme(), tensor([-1.0, 1.5]))
+    grad, values = tensor([1.0, 2.0, 3.0, 4.0, 5.0]), []
+    for clips, expected in ((False, grad), (True, tensor([0.0, 2.0, 3.0, 4.0, 0.0]))):
+        quantizer.clips_gradient = clips
+        x.grad = None
+        y = quantizer(x)
+        y.backward(grad)
+        assert torch.equal(x.grad, expected)
+        assert quantizer.scale.grad is None
+        values.append(y.detach())
+    assert torch.equal(*values)
+    with torch.no_grad():
+        assert torch.equal(quantizer(x), values[0])
+
+
+def test_a_scale_that_learns_clips_the_gradient_in_any_case():
+    x = tensor([0.2, 5.0], requires_grad=True)
+    quantizer = calibrated(4, Scheme(), tensor([-1.0, 1.5]))
+    quantizer.clips_gradient = False
+    quantizer.scale.requires_grad_()
+    quantizer(x).sum().backward()
+    assert x.grad.tolist() == [1, 0]
+    assert quantizer.scale.grad != 0
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.9])

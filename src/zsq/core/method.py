@@ -127,7 +127,7 @@ class Pass(Protocol):
         """Change ``job.student`` in place."""
 
 
-ALWAYS = frozenset({"labels", "student", "features", "branches", "maps"})
+ALWAYS = frozenset({"labels", "student"})
 """What a view of any network can show."""
 
 
@@ -189,20 +189,27 @@ class Method(Recipe):
 
         Raises:
             UnsupportedModel: if the teacher cannot show what the method looks at.
-            RecipeError: if a pass draws batches larger than the set of images.
+            RecipeError: if a pass draws batches larger than the set of images, or its own ``check`` fails.
         """
-        samples = getattr(self.synthesizer, "samples", None)
         for step in self.quantizer:
+            if hasattr(step, "check"):
+                step.check()
             size = getattr(step, "batch_size", 0) if getattr(step, "draws_batches", False) else 0
-            own = getattr(step, "images", None)
-            if samples is not None and own is None and size > samples:
+            samples = getattr(getattr(step, "images", None) or self.synthesizer, "samples", size)
+            if size > samples:
                 raise RecipeError(
                     f"{type(step).__name__} draws batches of {size} from a set of {samples} images: "
-                    "lower its batch_size or raise synthesizer.samples"
+                    "lower its batch_size or raise their samples"
                 )
         missing = sorted(needs(self) - teacher.offers - ALWAYS)
         if missing:
-            words = {"bn": "BatchNorm layers with running statistics", "attention": "attention maps"}
+            words = {
+                "bn": "BatchNorm layers with running statistics",
+                "attention": "attention maps",
+                "features": "what a last layer reads",
+                "branches": "maps of convolutions",
+                "maps": "maps of convolutions",
+            }
             raise UnsupportedModel(
                 f"{self.name} reads {' and '.join(words.get(name, name) for name in missing)}, "
                 "and this network has none"

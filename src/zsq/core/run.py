@@ -1,4 +1,4 @@
-"""Run: device, named randomness, progress, log and resume. Nothing else touches seeds, devices or files."""
+"""Run: device, named randomness, progress, log, resume and ranks. Nothing else touches seeds, devices or files."""
 
 import contextlib
 import hashlib
@@ -6,13 +6,16 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
+from torch import Tensor, nn
 
-from zsq.core.errors import RunError
+from zsq.core.errors import RecipeError, RunError, ZsqError
+from zsq.core.ranks import average, gathered, position
 
 __all__ = ["Precision", "Reporter", "Run", "resolve_device", "save_atomically"]
 
@@ -39,6 +42,9 @@ class Run:
     from the last checkpoint. ``cached`` is a piece of work that is done once and kept, or redone whole.
     Random numbers are drawn on the CPU from streams named by (seed, scope, name), so they depend on neither the
     device nor on which other ingredients draw.
+
+    Where torch.distributed has a process group, every rank makes the same calls on a run of its own: all wait for each
+    other in ``together`` and what is made of it, and rank 0 alone writes and reports.
     """
 
     def __init__(
@@ -63,18 +69,24 @@ class Run:
         if precision not in get_args(Precision):
             raise RunError(f"precision is {' or '.join(get_args(Precision))}, got {precision!r}")
         self.precision = precision
+        self.rank, self.world = position()
         self.folder = None if folder is None else Path(folder)
         self.seconds: dict[str, float] = {}
         self._save_every = save_every
-        self._reporter = reporter or _Silent()
+        self._reporter = reporter if reporter and self.rank == 0 else _Silent()
         self._scope: list[str] = []
+        self._name = ""
         self._tracked: dict[str, Any] = {}
-        self._saved: dict[str, Any] = {}
-        self._done: dict[str, int] = {}
-        if self.folder is not None:
-            _writable(self.folder)
-            if self._checkpoint.exists():
-                self._saved, self._done = _resumed(self._checkpoint)
+        self._saved: dict[str, Any]
+        self._done: dict[str, int]
+        self._saved, self._done = self.together(self._open)[0]
+
+    def _open(self) -> tuple[dict[str, Any], dict[str, int]]:
+        """What the checkpoint holds: what was tracked, and the steps done by label. Rank 0 alone looks."""
+        if self.folder is None or self.rank > 0:
+            return {}, {}
+        _writable(self.folder)
+        return _resumed(self._checkpoint) if self._checkpoint.exists() else ({}, {})
 
     # --- identity -----------------------------------------------------------------------------------------------
 
@@ -84,7 +96,10 @@ class Run:
         Raises:
             RunError: if the folder holds the work of another identity (recipe, teacher, bits, seed ...).
         """
-        if self.folder is None:
+        self.together(lambda: self._claim(identity))
+
+    def _claim(self, identity: Mapping[str, str]) -> None:
+        if self.folder is None or self.rank > 0:
             return
         path = self.folder / "identity.json"
         if path.exists():
@@ -113,8 +128,17 @@ class Run:
 
     def fresh(self, name: str) -> torch.Generator:
         """A stream that starts anew at each call: a function of (seed, scope, name) alone."""
-        digest = hashlib.sha256("/".join((str(self.seed), *self._scope, name)).encode()).digest()
+        digest = hashlib.sha256("/".join((str(self.seed), *self._scope, self._name + name)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    @contextlib.contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """A context in which streams, tracked things and pieces have ``name`` before theirs; "" changes nothing."""
+        outer, self._name = self._name, f"{self._name}{name}/" if name else self._name
+        try:
+            yield
+        finally:
+            self._name = outer
 
     @contextlib.contextmanager
     def seeded(self, name: str) -> Iterator[None]:
@@ -135,6 +159,7 @@ class Run:
         Raises:
             RunError: if something else is tracked under this name: only one of the two could be restored.
         """
+        name = self._name + name
         if name in self._tracked:
             raise RunError(f"two things are tracked as {name!r}: give each a name of its own")
         if name in self._saved:
@@ -155,6 +180,8 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of everything tracked."""
+        if self.rank > 0:
+            return
         tracked = {name: _state(thing) for name, thing in self._tracked.items()}
         _save_tensors(self._checkpoint, {"tracked": {**self._saved, **tracked}, "done": self._done})
 
@@ -163,18 +190,35 @@ class Run:
 
         The value is made of tensors, numbers, text, lists and dicts, and holds everything that the piece drew.
         """
-        path = self.folder and self.folder / "pieces" / f"{'/'.join((*self._scope, key))}.pt"
+        return next(self.pieces({key: make}))
+
+    def pieces(self, makes: Mapping[str, Callable[[], T]]) -> Iterator[T]:
+        """The values of ``cached`` pieces that need nothing of each other, in order: each rank makes one at a time."""
+        rank, world = (0, 1) if self._scope else (self.rank, self.world)  # inside a piece a rank is alone
+        keys = list(makes)
+        for first in range(0, len(keys), world):
+            due = keys[first : first + world]
+            mine = [partial(self._piece, key, makes[key]) for key in due[rank : rank + 1]]
+            values = [value for part in self.together(partial(_called, mine)) for value in part]
+            for key, value in zip(due, values, strict=True):
+                path = self._kept(key)
+                if path and self.rank == 0 and not path.exists():
+                    _save_tensors(path, value)
+            yield from values
+
+    def _piece(self, key: str, make: Callable[[], T]) -> T:
+        path = self._kept(key)
         if path and path.exists():
             kept: T = torch.load(path, weights_only=True, map_location=self.device)
             return kept
         self._scope.append(key)
         try:
-            value = make()
+            return make()
         finally:
             self._scope.pop()
-        if path:
-            _save_tensors(path, value)
-        return value
+
+    def _kept(self, key: str) -> Path | None:
+        return self.folder and self.folder / "pieces" / f"{'/'.join((*self._scope, self._name + key))}.pt"
 
     def progress(self, count: int, label: str) -> Iterator[int]:
         """A loop inside a cached piece: shown, not resumed."""
@@ -182,11 +226,45 @@ class Run:
             yield step
             self._reporter.progress(label, step + 1, count)
 
+    # --- ranks --------------------------------------------------------------------------------------------------
+
+    def together(self, make: Callable[[], T]) -> list[T]:
+        """What ``make`` returns on each rank, in their order; a ``ZsqError`` of one is raised on all."""
+        outcome: T | ZsqError
+        try:
+            outcome = make()
+        except ZsqError as error:
+            outcome = error
+        values = []
+        for each in [outcome] if self._scope else gathered(outcome, self.device):
+            if isinstance(each, ZsqError):
+                raise each
+            values.append(each)
+        return values
+
+    def share(self, size: int) -> slice:
+        """Which of ``size`` images are this rank's.
+
+        Raises:
+            RecipeError: if shares cannot be equal: then a mean over the ranks is not the mean over the images.
+        """
+        part, rest = divmod(size, self.world)
+        if rest:
+            raise RecipeError(
+                f"a batch of {size} images has no equal shares for {self.world} processes: "
+                f"choose a batch_size that {self.world} divides, or another number of processes"
+            )
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def average(self, module: nn.Module, *more: Tensor) -> None:
+        """Replace the gradients of ``module``, and ``more``, by their means over the ranks, in place."""
+        average([*more, *(each.grad for each in module.parameters() if each.grad is not None)])
+
     # --- what happened ------------------------------------------------------------------------------------------
 
     def log(self, label: str, step: int, **numbers: float) -> None:
         """Append one JSON line to ``log.jsonl``: seconds since the epoch, the label, the step and the numbers."""
-        if self.folder is None:
+        if self.folder is None or self.rank > 0:
             return
         line = json.dumps({"time": round(time.time(), 3), "label": label, "step": step, **numbers})
         with _telling(self.folder / "log.jsonl") as path, path.open("a") as file:
@@ -203,7 +281,10 @@ class Run:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file of the run folder atomically; nothing happens without a folder."""
-        if self.folder is not None:
+        self.together(lambda: self._write(name, content))
+
+    def _write(self, name: str, content: bytes) -> None:
+        if self.folder is not None and self.rank == 0:
             save_atomically(self.folder / name, content)
 
     @property
@@ -255,9 +336,8 @@ def _save_tensors(path: Path, value: Any) -> None:
 
 
 def _resumed(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """What was tracked, and the steps done by label."""
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         return state["tracked"], state["done"]
     except Exception as error:  # a strange pickle can raise anything
         raise RunError(f"{path} is no checkpoint of a run: choose another folder, or remove it") from error
@@ -281,6 +361,10 @@ def _writable(folder: Path) -> None:
         raise RunError(f"cannot create {folder} ({error.strerror}): choose another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise RunError(f"cannot write into {folder}: choose another folder")
+
+
+def _called(makes: Sequence[Callable[[], T]]) -> list[T]:
+    return [make() for make in makes]
 
 
 def _change(key: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ class MultiStep(Recipe):
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if list(self.at) != sorted(self.at) or any(step < 1 for step in self.at):
+        if list(self.at) != sorted(set(self.at)) or any(step < 1 for step in self.at):
             raise RecipeError(f"at must be ascending steps from 1 on, got {self.at}")
         if not 0 < self.factor <= 1:
             raise RecipeError(f"factor must lie in (0, 1], got {self.factor}")

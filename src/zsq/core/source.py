@@ -50,8 +50,9 @@ class Batch:
 class Source:
     """What a synthesizer makes, remembered, so that every pass sees the same images."""
 
-    def __init__(self, synthesizer: Synthesizer, job: Job) -> None:
-        self._job = job
+    def __init__(self, synthesizer: Synthesizer, job: Job, name: str = "") -> None:
+        """``name`` keeps apart what two sources of one run draw and track; the run's own has none."""
+        self._job, self._name = job, name
         self.live = synthesizer.live
         self._stream = synthesizer.stream(job)
         self._made: list[Batch] = []
@@ -91,7 +92,8 @@ class Source:
         if size > len(pool):
             raise RecipeError(f"a batch of {size} is larger than the set of {len(pool)} images")
         rounds, turn = divmod(step, len(pool) // size)
-        order = torch.randperm(len(pool), generator=self._job.run.fresh(f"shuffle/{rounds}"))
+        with self._job.run.named(self._name):
+            order = torch.randperm(len(pool), generator=self._job.run.fresh(f"shuffle/{rounds}"))
         return pool[order[turn * size : (turn + 1) * size]]
 
     def batches(self, size: int, samples: int | None = None) -> Iterator[Batch]:
@@ -104,11 +106,11 @@ class Source:
         """Let the teacher judge every image of a finite set once, so that no later look needs it."""
         pool = self.take()
         if pool.logits is None:
-            with torch.no_grad():
+            with torch.no_grad(), self._job.run.autocast():
                 parts = [self._job.teacher.view(pool.images[i : i + size]).logits for i in range(0, len(pool), size)]
             self._joined = replace(pool, logits=torch.cat(parts))
 
     def _next(self) -> Batch | None:
         # A consumer may run under no_grad; making images needs gradients all the same.
-        with torch.enable_grad():
+        with torch.enable_grad(), self._job.run.named(self._name):
             return next(self._stream, None)

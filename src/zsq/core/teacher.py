@@ -100,8 +100,10 @@ class Teacher:
 
     @property
     def offers(self) -> frozenset[str]:
-        """What this network can show: ``"bn"`` if it has BatchNorm layers with running statistics."""
-        return frozenset({"bn"}) if self._batchnorms() else frozenset()
+        """What can be seen: ``"bn"`` where BatchNorm has running statistics, and what is known at its landmarks."""
+        marks = self.landmarks
+        shown = {"bn": self._batchnorms(), "features": marks.classifier, "branches": marks.branches}
+        return frozenset(name for name, found in {**shown, "maps": marks.convolution}.items() if found)
 
     @property
     def device(self) -> torch.device:
@@ -152,18 +154,21 @@ def look(
 def _watched(network: nn.Module, needs: frozenset[str], landmarks: Landmarks) -> Iterator[dict[str, Any]]:
     seen: dict[str, Any] = {}
     hooks = []
+    marks = {"features": landmarks.classifier, "branches": landmarks.branches, "maps": landmarks.convolution}
+    if missing := [need for need, mark in marks.items() if need in needs and not mark]:
+        raise UnsupportedModel(f"this network has no {' and no '.join(missing)} to look at")
 
     def features(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen["features"] = inputs[0].flatten(1)
 
     def branch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["branches"].append(output)
+        seen["branches"].append(output.clone())  # the network may add to it in place
 
     def maps(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # the gradient of a logit by the map is wanted also where nothing before the map has one
         seen["maps"] = output if output.requires_grad else output.detach().requires_grad_()
         kept: Tensor = seen["maps"]
-        return kept
+        return kept.clone()  # as above
 
     if "features" in needs:
         hooks.append(network.get_submodule(landmarks.classifier).register_forward_pre_hook(features))

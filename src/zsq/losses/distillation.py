@@ -75,13 +75,18 @@ def grad_cam(logits: Tensor, maps: Tensor, size: tuple[int, ...]) -> Tensor:
     are constants, so gradients reach what made the map, and nothing behind it.
     """
     (slope,) = torch.autograd.grad(logits.amax(1).sum(), maps, retain_graph=True)
-    weights = slope.mean((2, 3), keepdim=True).clamp(min=1e-10)
-    cam = F.relu((weights * maps).sum(1, keepdim=True))
+    weights = _precise(slope).mean((2, 3), keepdim=True).clamp(min=1e-10)
+    cam = F.relu((weights * _precise(maps)).sum(1, keepdim=True))
     cam = F.interpolate(cam, list(size), mode="bilinear", align_corners=False)[:, 0]
     cam = cam - cam.amin((1, 2), keepdim=True)
     shown: Tensor = cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-10)
     return shown
 
 
+def _precise(x: Tensor) -> Tensor:
+    """``x`` in float32 at least, whatever its layer computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _energies(x: Tensor) -> Tensor:
-    return F.normalize(x.square().flatten(2).mean(2), dim=1)
+    return F.normalize(_precise(x).square().flatten(2).mean(2), dim=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zsq.core import Batch, Job, Loss, RecipeError, View
+from zsq.core import Batch, Job, Loss, MissingView, RecipeError, View
 
 __all__ = ["CentreDistance", "class_centres"]
 
@@ -37,9 +37,10 @@ class CentreDistance(Loss):
         if not job.made:
             return lambda view: view.logits.new_zeros(())
         earlier = Batch.join(job.made)
+        if earlier.labels is None:
+            raise MissingView("class centres need the labels of earlier images, and these were made for none")
         with torch.no_grad():
             looks = [job.teacher.view(earlier.images[i : i + 64], self.needs) for i in range(0, len(earlier), 64)]
-        assert earlier.labels is not None
         features = torch.cat([look.features for look in looks])
         centres, known = class_centres(features, earlier.labels, looks[0].logits.shape[1])
         return lambda view: self.distance(view.features, centres[view.labels], known[view.labels])

@@ -80,11 +80,11 @@ class EasyLabels(Recipe):
         labels = view.labels if view.labelled else view.logits.argmax(1)
         if labels.dim() == 2:
             labels = labels.argmax(1)
-        difficulty = 1 - view.logits.detach().softmax(1).gather(1, labels[:, None])[:, 0]
-        return torch.where(difficulty < self.threshold, labels, -1)
+        p = view.logits.detach().softmax(1).gather(1, labels[:, None])[:, 0]
+        return torch.where(p > 1 - self.threshold, labels, -1)  # 1 - p would lose what is left of a small p
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.dim() == 2:
         return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(logits)
+    return F.cross_entropy(logits, labels.clamp(min=-1), ignore_index=-1, reduction="sum") / len(logits)

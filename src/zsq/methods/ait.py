@@ -1,9 +1,9 @@
 """AIT (Choi et al., CVPR 2022, arXiv 2203.17008): any host, distilled without labels and with inundated gradients.
 
-``ait+HOST`` keeps the host's images; its generator keeps its own loss. The learning rate is 1e-4 wherever the host's is
-lower, and there is no weight decay. Follows the released code: the update is scaled, not the gradient, and only up.
-Corrected here: an update that can change no integer ends the search. The share is 1e-3 as at 32 pixels; the preset
-``imagenet`` has 1e-4.
+``ait+HOST`` keeps the host's images; its generator keeps its own loss. Of the loss of its distillation the divergence
+stays alone. The learning rate is 1e-4 unless a preset of the host says otherwise, and there is no weight decay.
+Follows the released code: the update is scaled, not the gradient, and only up. Corrected here: an update that can
+change no integer ends the search. The share is 1e-3 as at 32 pixels; the preset ``imagenet`` has 1e-4.
 """
 
 from dataclasses import replace
@@ -14,9 +14,12 @@ from zsq.methods.gdfq import GDFQ
 from zsq.quant import Distill
 from zsq.quant.inundation import Inundation
 
+LABELLED = ("quantizer.distill.loss", "quantizer.distill.gradient.moved")
+"""Where a preset of a host may bring back what is left out."""
+
 
 def ait(host: Method = GDFQ) -> Method:
-    """``host`` with the label term gone from its distillation, and updates that change integers.
+    """``host`` with nothing but the divergence left in its distillation, and updates that change integers.
 
     Raises:
         RecipeError: if ``host`` does not distill.
@@ -31,7 +34,7 @@ def ait(host: Method = GDFQ) -> Method:
         "quantizer.distill.lr": 1e-4,
     }
     kept = {
-        name: {path: value for path, value in preset.items() if not path.startswith("quantizer.distill.loss")}
+        name: {path: value for path, value in preset.items() if not path.startswith(LABELLED)}
         for name, preset in host.presets.items()
     }
     return replace(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsq.core import Job, Paper, Recipe, RecipeError, check_counts
-from zsq.methods.gdfq import GDFQ
+from zsq.methods.gdfq import GDFQ, SMALL, SMALL_FAST
 from zsq.synthesis.networks import Drawn
 
 
@@ -74,6 +74,7 @@ class _Superposed(nn.Module):
         return mixed
 
 
+TWO_CLASSES = {"synthesizer.latents.superposed": 2}
 RELEASED = {
     **GDFQ.presets["released"],
     "synthesizer.latents.mapping": False,
@@ -90,10 +91,8 @@ QIMERA = replace(
         arxiv="2111.02625",
     ),
     presets={
-        **{
-            name: {**GDFQ.presets[name], "synthesizer.latents": SuperposedClasses(superposed=2)}
-            for name in ("cifar", "fast")
-        },
+        "cifar": {**SMALL, **TWO_CLASSES},
+        "fast": {**SMALL_FAST, **TWO_CLASSES},
         "released": RELEASED,
     },
 )

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from zsq.core.teacher import Landmarks
-from zsq.nets.nodes import hidden_layers, layers, module_of, preserves_value, producer
+from zsq.nets.nodes import hidden_layers, layers, module_of, preserves_value
 
 __all__ = ["landmarks"]
 
@@ -40,9 +40,10 @@ def _branch(addition: fx.Node) -> fx.Node | None:
     one, other = made
     node = max(one, other, key=lambda operand: _layers(made[operand] - made[other if operand is one else one]))
     while node.op != "call_module" or preserves_value(node):
-        if not node.all_input_nodes:
+        computed = [each for each in node.all_input_nodes if each.op != "get_attr"]  # a layer scale is none
+        if not computed:
             return None
-        node = producer(node)
+        node = computed[0]
     return node
 
 

@@ -36,6 +36,8 @@ class Inundation(Recipe):
 
     def __post_init__(self) -> None:
         check_counts(self, "probes")
+        if not (0 <= self.momentum < 1 and self.weight_decay >= 0 and self.capped_steps >= 0):
+            raise RecipeError(f"momentum must lie in [0, 1), and nothing be negative, got {self}")
         if not 0 <= self.share < 1:
             raise RecipeError(f"share must lie in [0, 1), got {self.share}")
 
@@ -69,9 +71,16 @@ class _InundatedSGD(SGD):
         cap = 100.0 if group["taken"] < self._recipe.capped_steps else _LARGEST
         group["taken"] += 1
         for (weight, codes), old in zip(self._layers, before, strict=True):
-            factor = inundated(old, weight - old, codes, share, self._recipe.probes, cap)
+            if weight.grad is None:
+                continue
+            # not weight - old: of a small step, rounding leaves no direction
+            direction = weight.grad.add(old, alpha=group["weight_decay"])
+            if group["momentum"]:
+                direction.add_(self.state[weight]["momentum_buffer"], alpha=group["momentum"])
+            update = direction.mul_(-group["lr"])
+            factor = inundated(old, update, codes, share, self._recipe.probes, cap)
             if factor != 1:
-                weight.copy_(old + factor * (weight - old))
+                weight.copy_(old.add_(update, alpha=factor))
         return result
 
 
@@ -83,6 +92,8 @@ def inundated(
     Doubles until enough change, then bisects ``probes`` times at most and keeps the last factor tried, which may lie
     just below the share. Beyond ``cap`` it stops doubling. An update that can change nothing keeps 1.
     """
+    if not update.any():
+        return 1.0
     now = codes(weight)
 
     def changed(factor: float) -> float:

@@ -89,7 +89,7 @@ class WeightQuantizer(nn.Module):
             return (self.codes.to(self.scale.dtype) + self.low - self.zero_point) * self.scale
         if torch.is_grad_enabled() and weight.requires_grad:  # the weight itself learns
             with torch.no_grad():
-                self._follow(weight)
+                self.follow(weight)
                 quantized = (self.integers(weight) - self.zero_point) * self.scale
             passed: Tensor = _StraightThrough.apply(weight, quantized)  # type: ignore[no-untyped-call]  # autograd's functions are
             return passed
@@ -102,7 +102,8 @@ class WeightQuantizer(nn.Module):
         grid = self.refit(weight)
         return ((weight / grid.scale).round_() + grid.zero_point).clamp_(grid.low, grid.high)
 
-    def _follow(self, weight: Tensor) -> None:
+    def follow(self, weight: Tensor) -> None:
+        """Find the grid anew, if it follows the weight."""
         if self.refit is not None:
             grid = self.refit(weight)
             self.scale.copy_(grid.scale)
@@ -113,7 +114,7 @@ class WeightQuantizer(nn.Module):
         if isinstance(self.rounding, LearnedRounding):
             self.rounding.hard = True
         with torch.no_grad():
-            self._follow(weight)
+            self.follow(weight)
             self.codes = (self.integers(weight) - self.low).to(torch.uint8)
         self.rounding, self.refit = Constant(torch.empty(0)), None  # the codes say it all
         self.scale.requires_grad_(False)

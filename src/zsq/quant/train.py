@@ -1,6 +1,8 @@
 """Passes that train a student: ranges that settle first, then distillation from the teacher."""
 
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -27,7 +29,13 @@ from zsq.core import (
     start,
 )
 from zsq.quant.grid import MinMax, Range, RangeAverage
-from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer, activation_quantizers
+from zsq.quant.quantizers import (
+    ActivationQuantizer,
+    WeightQuantizer,
+    activation_quantizers,
+    float_weight,
+    weight_quantizers,
+)
 
 __all__ = [
     "Descender",
@@ -51,7 +59,8 @@ class TrackRanges(Recipe):
     """How the range of one batch is found."""
     average: RangeAverage = RangeAverage()
     steps: int = 800
-    batch_size: int = 64
+    batch_size: int = 16
+    """Images a batch, or the first so many of a larger one; extremes of small batches leave outliers out."""
     images: Synthesizer | None = None
     """Makes the images to look at; None for those of the method itself."""
 
@@ -61,10 +70,19 @@ class TrackRanges(Recipe):
     def __post_init__(self) -> None:
         check_counts(self, "steps", "batch_size")
 
+    def check(self) -> None:
+        """Return if the average can settle.
+
+        Raises:
+            RecipeError: if its correction is fed back and there are fewer than 200 steps.
+        """
+        if self.average.correction == "fed back" and self.steps < 200:
+            raise RecipeError(f"ranges whose correction is fed back take 200 steps to settle, got {self.steps}")
+
     def apply(self, job: Job, source: Source) -> None:
         """Change ``job.student`` in place."""
         if self.images is not None:
-            source = Source(self.images, job)
+            source = Source(self.images, job, name="ranges")
         quantizers = activation_quantizers(job.student)
         for quantizer in quantizers.values():
             quantizer.observe(self.range, self.average)
@@ -72,7 +90,7 @@ class TrackRanges(Recipe):
         for step in job.run.steps(self.steps, "track ranges"):
             batch = source.batch(step, self.batch_size)
             with torch.no_grad(), job.run.autocast():
-                job.student(batch.images)
+                job.student(batch.images[: self.batch_size])
         for quantizer in quantizers.values():
             quantizer.observe(None)
 
@@ -110,6 +128,10 @@ class Nesterov(Recipe):
     momentum: float = 0.9
     weight_decay: float = 1e-4
     """On every parameter."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.momentum < 1 and self.weight_decay >= 0):
+            raise RecipeError(f"momentum must lie in [0, 1) and weight_decay not be negative, got {self}")
 
     def build(self, student: nn.Module, lr: float) -> Optimizer:
         """The optimizer."""
@@ -180,10 +202,11 @@ class Perturbed(Recipe):
 class Distill(Recipe):
     """Train the weights, biases and BatchNorm parameters of the student with the teacher as target; keep the last step.
 
-    Activation ranges are those found before; running statistics stay the teacher's.
+    Activation ranges are those found before; running statistics stay the teacher's, unless ``student_bn`` is "train".
     """
 
     loss: Loss | Objective
+    """Each term a mean over the images, so that ranks can share a batch."""
     transforms: tuple[Transform, ...] = ()
     """What is done to the images before both networks look at them, in order."""
     labels: LabelFilter | None = None
@@ -223,14 +246,17 @@ class Distill(Recipe):
         for step in run.steps(self.steps, "distill"):
             batch = self._moved(source.batch(step, self.batch_size), run.fresh(f"transforms/{step}"))
             optimizer.zero_grad()
-            value = descend(batch)
-            for total in descend.totals:
-                total.check("distill", step)
+            value = descend(batch[run.share(len(batch))])
+            run.average(student, value)
+            if step % 100 == 0 or step + 1 == self.steps or not value.isfinite():  # alike on all ranks
+                parts = run.together(partial(_terms, descend.totals, step))
+                terms = {name: fmean(part[name] for part in parts) for name in parts[0]}
+                run.log("distill", step, loss=value.item(), **terms)
             optimizer.step()
             schedule.step()
-            if step % 100 == 0 or step + 1 == self.steps:
-                run.log("distill", step, loss=value.item(), **descend.totals[0].numbers())
         student.requires_grad_(False).eval()
+        for layer, quantizer in weight_quantizers(student).values():
+            quantizer.follow(float_weight(layer))
 
     def _moved(self, batch: Batch, rng: torch.Generator) -> Batch:
         if not self.transforms:
@@ -284,6 +310,13 @@ class _Perturbed(_Once):
         harder = self.recipe.weight * self.moved(self.job.view(further, self.moved_needs))
         harder.backward()
         return value.detach() + harder.detach()
+
+
+def _terms(totals: tuple[Total, ...], step: int) -> dict[str, float]:
+    """The terms of a step that did not diverge."""
+    for total in totals:
+        total.check("distill", step)
+    return totals[0].numbers()
 
 
 class _Ranges:

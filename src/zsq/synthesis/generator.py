@@ -64,7 +64,7 @@ class TrainGenerator(Recipe):
         schedule = run.track("generator/schedule", self.schedule.build(optimizer))
         rng = run.generator("generator")
         objective, seen = start(self.loss, job), needs(self.loss)
-        step = 0
+        step = schedule.last_epoch  # the steps that are behind, also after an interruption
         while True:
             drawn = self.latents.draw(self.batch_size, classes, code, rng).to(run.device)
             with torch.enable_grad():
@@ -75,6 +75,7 @@ class TrainGenerator(Recipe):
                 objective.check("generator", step)
                 optimizer.zero_grad()
                 loss.backward()
+            run.average(parts)  # alike on every rank, but for devices that add in no fixed order
             optimizer.step()
             schedule.step()
             if step % 100 == 0:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from typing import ClassVar, Protocol, TypedDict
 
 import torch
@@ -22,6 +23,7 @@ from zsq.core import (
     check_positive,
     needs,
     start,
+    walk,
 )
 from zsq.synthesis.sampling import GaussianPixels, UniformLabels
 
@@ -104,13 +106,22 @@ class OptimizeImages(Recipe):
     def __post_init__(self) -> None:
         check_counts(self, "samples", "batch_size", "steps")
         check_positive(self, "lr")
+        if self.labels is None and "labels" in needs(self.loss):
+            raise RecipeError("the loss reads labels: say for which classes images are made, as labels=UniformLabels()")
 
     def stream(self, job: Job) -> Iterator[Batch]:
         """The batches, each a piece of work of its own."""
-        for index, size in enumerate(batch_sizes(self.samples, self.batch_size)):
-            batch = made(job.run.cached(f"images/{index}", partial(self._optimize, size, job)))
+        sizes = enumerate(batch_sizes(self.samples, self.batch_size))
+        makes = {f"images/{index}": partial(self._optimize, size, job) for index, size in sizes}
+        for piece in starmap(job.run.cached, makes.items()) if self._looks_back else job.run.pieces(makes):
+            batch = made(piece)
             job.made.append(batch)
             yield batch
+
+    @property
+    def _looks_back(self) -> bool:
+        """Whether a term may remember earlier batches."""
+        return any(isinstance(term, Loss) and type(term).begin is not Loss.begin for term in walk(self.loss))
 
     def _optimize(self, size: int, job: Job) -> Piece:
         rng = job.run.generator("images")

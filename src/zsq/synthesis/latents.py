@@ -58,8 +58,9 @@ class OptimizeLatents(Recipe):
 
     def stream(self, job: Job) -> Iterator[Batch]:
         """The batches, each a piece of work of its own."""
-        for index, size in enumerate(batch_sizes(self.samples, self.batch_size)):
-            yield made(job.run.cached(f"images/{index}", partial(self._optimize, size, job)))
+        sizes = enumerate(batch_sizes(self.samples, self.batch_size))
+        makes = {f"images/{index}": partial(self._optimize, size, job) for index, size in sizes}
+        return map(made, job.run.pieces(makes))
 
     def _optimize(self, size: int, job: Job) -> Piece:
         teacher = job.teacher.changed(self.change.build(job)) if self.change else job.teacher
