@@ -42,6 +42,7 @@ class Plain:
     """The bare parts, as a loop without a library."""
 
     def __init__(self, job: Job, distill: Distill, synthesizer: object, batch: int) -> None:
+        self.run = job.run
         self.teacher = copy.deepcopy(job.teacher.module)
         self.student = copy.deepcopy(job.student)
         self.optimizer = SGD([p for p in self.student.parameters() if p.requires_grad], 1e-9, 0.9, nesterov=True)
@@ -57,23 +58,27 @@ class Plain:
 
     def __call__(self) -> None:
         for _ in range(STEPS):
-            images = self.images
-            if self.generator is not None:
-                images = self.generator(self.code(self.drawn), self.drawn)
-                self.adam.zero_grad()
-                size_of(self.teacher(images)).backward()
-                self.adam.step()
-                images = images.detach()
-            self.optimizer.zero_grad()
-            if self.perturbed:
-                images = images.requires_grad_()
-                (size_of(self.teacher(images)) + size_of(self.student(images))).backward()
-                images = images.detach()
-            if self.generator is None:
-                with torch.no_grad():
-                    self.teacher(images)
-            size_of(self.student(images)).backward()
-            self.optimizer.step()
+            with self.run.autocast():
+                self.step()
+
+    def step(self) -> None:
+        images = self.images
+        if self.generator is not None:
+            images = self.generator(self.code(self.drawn), self.drawn)
+            self.adam.zero_grad()
+            size_of(self.teacher(images)).backward()
+            self.adam.step()
+            images = images.detach()
+        self.optimizer.zero_grad()
+        if self.perturbed:
+            images = images.requires_grad_()
+            (size_of(self.teacher(images)) + size_of(self.student(images))).backward()
+            images = images.detach()
+        if self.generator is None:
+            with torch.no_grad():
+                self.teacher(images)
+        size_of(self.student(images)).backward()
+        self.optimizer.step()
 
 
 class Ours:
@@ -84,7 +89,7 @@ class Ours:
         self.distill = distill.override({"steps": STEPS, "batch_size": batch})
 
     def __call__(self) -> None:
-        self.job.run = Run(device="cpu")
+        self.job.run = Run(device="cpu", precision=self.job.run.precision)
         self.distill.apply(self.job, self.source)
 
 
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -106,7 +112,7 @@ def main() -> None:
         assert isinstance(distill, Distill)
         teacher = Teacher(network.module)
         student = capture(teacher.module, torch.zeros(2, *network.input_shape))
-        job = Job(teacher, student, Bits(4, 4), Run(device="cpu"), network.input_shape)
+        job = Job(teacher, student, Bits(4, 4), Run(device="cpu", precision=args.precision), network.input_shape)
         insert.apply(job, Source(Noise(), job))
         TrackRanges(steps=3, batch_size=args.batch).apply(job, Source(Noise(samples=args.batch), job))
         live = isinstance(recipe.synthesizer, TrainGenerator)
@@ -125,7 +131,7 @@ def main() -> None:
         pairs = [(seconds(plain), seconds(ours)) for _ in range(args.rounds)]
         ratio = statistics.median(mine / theirs for theirs, mine in pairs)
         theirs, mine = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
-        about = f"{network.name}, {name}, batch {args.batch}, {args.threads} threads"
+        about = f"{network.name}, {name}, batch {args.batch}, {args.threads} threads, {args.precision}"
         print(f"{about}: parts {theirs:.0f} ms, step {mine:.0f} ms")
         print(f"ratio {ratio:.2f} (median of {args.rounds} interleaved rounds of {STEPS} steps)", flush=True)
 

@@ -93,7 +93,8 @@ def quantize(
 ) -> Result:
     """A low-bit copy of ``model``, made without data; ``model`` itself is not changed.
 
-    ``precision`` "bfloat16" lets layers compute in it while methods look and train; what is measured is float32.
+    ``precision`` "bfloat16" lets layers compute in it while a student is distilled or a generator learns beside it; what
+    is measured is float32.
     ``data`` is only ever read to report accuracies, after everything is decided. With ``out`` the run keeps its
     progress there: the same call after an interruption continues and ends with the same bits.
 
@@ -112,6 +113,7 @@ def quantize(
     job = Job(teacher, student, bits, run, network.input_shape, pixel_range(network))
     _check(recipe, teacher)
     _check_shares(recipe, run)
+    _lay_out(run.layout, teacher.module, student)
     identity = {"method": recipe.name, "bits": str(bits), "seed": str(seed), "teacher": digest, "recipe": show(recipe)}
     if precision != "float32":
         identity["precision"] = precision
@@ -127,6 +129,7 @@ def quantize(
             step.apply(job, source)
     freeze(student)
     student.eval().requires_grad_(False)
+    _lay_out(torch.contiguous_format, teacher.module, student)  # what is measured is what a file gives back
     made = source.take(None if finite else SHOWN) if _reads_images(recipe) else None
     saved = save_student(student, {"teacher": digest, "method": recipe.name, "bits": str(bits)})
     metrics: dict[str, Any] = {
@@ -333,6 +336,13 @@ def _check(recipe: Method, teacher: Teacher) -> None:
     except UnsupportedModel as error:
         fitting = [name for name, each in METHODS.items() if needs(each) <= teacher.offers | ALWAYS]
         raise UnsupportedModel(f"{error}; methods that fit: {', '.join(fitting) or 'none yet'}") from None
+
+
+def _lay_out(layout: torch.memory_format, *networks: nn.Module) -> None:
+    """Move the 4-d parameters and buffers of ``networks`` into ``layout``, in place."""
+    for network in networks:
+        # torch's overloads of Module.to do not list memory_format, which it takes.
+        network.to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def _check_shares(recipe: Method, run: Run) -> None:

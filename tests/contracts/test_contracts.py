@@ -153,6 +153,15 @@ def test_a_saved_student_computes_the_same_bits(method, network, tmp_path, photo
     assert torch.equal(student(photos[:1]), result.student(photos[:1]))
 
 
+def test_a_student_made_in_bfloat16_computes_the_same_bits_from_its_file(method, tmp_path, photos):
+    model = tiny.cnn()
+    result = quantize(model, method, "w3a4", out=tmp_path / "run", precision="bfloat16", **tiny.settings(method))
+    assert result.metrics["precision"] == "bfloat16"
+    assert all(p.dtype == torch.float32 and p.is_contiguous() for p in result.student.parameters())
+    student, _ = load(tmp_path / "run", model)
+    assert torch.equal(student(photos), result.student(photos))
+
+
 def test_another_teacher_is_refused_on_loading(method, tmp_path):
     quantize(tiny.cnn(), method, out=tmp_path / "run", **tiny.settings(method))
     other = tiny.lively(tiny.cnn(), seed=2)

@@ -46,6 +46,19 @@ def test_normalizing_and_summing_has_the_gradients_of_both(affine, read):
     assert torch.autograd.gradcheck(function, (x,))
 
 
+def test_sums_of_half_precision_are_float32_with_gradients_of_its_own_type():
+    x = torch.full((1, 1, 64, 64), 1.0078125, dtype=torch.bfloat16, requires_grad=True)  # 4096 times 1 + 1/128
+    with BNRecorder() as recorder:
+        F.batch_norm(x, torch.zeros(1), torch.ones(1))
+    total, squares = recorder.seen[0].sums
+    assert total.dtype == squares.dtype == torch.float32
+    assert total.item() == 4096 * 1.0078125
+    assert squares.item() == pytest.approx(4096 * 1.0078125**2, rel=1e-5)
+    (total + squares).sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+    assert_close(x.grad[0, 0, 0, 0].item(), 1 + 2 * 1.0078125, rtol=1e-2, atol=0)
+
+
 def test_layers_that_learn_keep_their_gradients():
     layer = nn.BatchNorm2d(2).eval()
     with BNRecorder() as recorder:

@@ -84,10 +84,11 @@ class BNRecorder(TorchFunctionMode):
 
 
 def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    precise = torch.promote_types(x.dtype, torch.float32)  # a sum of thousands of bfloat16 has no digits left
     if x.dim() == 2:
-        return x.clone(), x.square()
+        return x.to(precise, copy=True), x.to(precise).square()
     positions = tuple(range(2, x.dim()))
-    return x.sum(positions), torch.linalg.vector_norm(x, dim=positions).square()
+    return x.sum(positions, dtype=precise), torch.linalg.vector_norm(x, dim=positions, dtype=precise).square()
 
 
 def _spread(rows: Tensor, x: Tensor) -> Tensor:

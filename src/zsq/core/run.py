@@ -151,6 +151,11 @@ class Run:
         """A context in which layers compute in the precision of this run."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """How networks lie in memory while they are looked at: channels last where layers compute in bfloat16."""
+        return torch.channels_last if self.precision == "bfloat16" else torch.contiguous_format
+
     # --- resumable work -----------------------------------------------------------------------------------------
 
     def track(self, name: str, thing: T) -> T:
