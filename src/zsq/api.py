@@ -93,8 +93,8 @@ def quantize(
 ) -> Result:
     """A low-bit copy of ``model``, made without data; ``model`` itself is not changed.
 
-    ``precision`` "bfloat16" lets layers compute in it while a student is distilled or a generator learns beside it; what
-    is measured is float32.
+    ``precision`` "bfloat16" lets layers compute in it while a student is distilled or a generator learns beside it;
+    what is measured is float32.
     ``data`` is only ever read to report accuracies, after everything is decided. With ``out`` the run keeps its
     progress there: the same call after an interruption continues and ends with the same bits.
 

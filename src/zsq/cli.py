@@ -56,7 +56,9 @@ Seed = Annotated[int, typer.Option(help="Same seed, same bits.")]
 Device = Annotated[str, typer.Option(help="auto (an accelerator if there is one), cpu, cuda:0 ...")]
 PrecisionName = Annotated[
     Literal["float32", "bfloat16"],
-    typer.Option("--precision", help="What layers compute in while a student or a generator learns; results are float32."),
+    typer.Option(
+        "--precision", help="What layers compute in while a student or a generator learns; results are float32."
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
