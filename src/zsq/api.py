@@ -111,7 +111,7 @@ def quantize(
     with run.timed("capture"):
         student = capture(teacher.module.to(run.device), torch.zeros(2, *network.input_shape, device=run.device))
     job = Job(teacher, student, bits, run, network.input_shape, pixel_range(network))
-    _check(recipe, teacher)
+    _check(recipe, job)
     _check_shares(recipe, run)
     _lay_out(run.layout, teacher.module, student)
     identity = {"method": recipe.name, "bits": str(bits), "seed": str(seed), "teacher": digest, "recipe": show(recipe)}
@@ -200,7 +200,7 @@ def synthesize(
     teacher.module.to(run.device)
     student = capture(teacher.module, torch.zeros(2, *network.input_shape, device=run.device))
     job = Job(teacher, student, Bits(), run, network.input_shape, pixel_range(network))
-    _check(recipe, teacher)
+    _check(recipe, job)
     return Source(recipe.synthesizer, job).take(samples), network
 
 
@@ -330,11 +330,15 @@ def _origin(model: str | nn.Module | Network, network: Network) -> str:
     return f"{Path(place).resolve()}:{factory}" if place.endswith(".py") else model
 
 
-def _check(recipe: Method, teacher: Teacher) -> None:
+def _check(recipe: Method, job: Job) -> None:
+    """Return if ``recipe`` can work on the network of ``job``; the error says which methods can."""
+    shown = job.teacher.offers | ALWAYS - ({"labels"} if job.classes < 2 else set())
     try:
-        recipe.check(teacher)
+        recipe.check(job.teacher)
+        if not needs(recipe) <= shown:
+            raise UnsupportedModel(f"{recipe.name} makes images for classes, and this network has 1 logit")
     except UnsupportedModel as error:
-        fitting = [name for name, each in METHODS.items() if needs(each) <= teacher.offers | ALWAYS]
+        fitting = [name for name, each in METHODS.items() if needs(each) <= shown]
         raise UnsupportedModel(f"{error}; methods that fit: {', '.join(fitting) or 'none yet'}") from None
 
 

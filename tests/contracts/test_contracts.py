@@ -247,6 +247,19 @@ def test_a_network_without_batchnorm_is_refused_or_works(method, plain, photos):
         assert str(refusal.value).endswith(f"methods that fit: {', '.join(fitting)}")
 
 
+def test_a_network_of_one_logit_is_refused_or_works(method, tmp_path, photos):
+    network = tiny.cnn()
+    network[-1] = torch.nn.Linear(6, 1)
+    if "labels" not in needs(find_method(method)):
+        assert quantize(network, method, **tiny.settings(method)).student(photos).shape == (16, 1)
+    else:
+        with pytest.raises(
+            UnsupportedModel, match="makes images for classes, and this network has 1 logit; methods that"
+        ):
+            quantize(network, method, out=tmp_path / "run", **tiny.settings(method))
+        assert not list(tmp_path.rglob("*.*"))
+
+
 def test_a_refused_network_leaves_no_folder_behind(plain, tmp_path):
     with pytest.raises(UnsupportedModel):
         quantize(plain, "zeroq", out=tmp_path / "run", **tiny.settings("zeroq"))
