@@ -77,6 +77,7 @@ FAST = {
     "quantizer.track_ranges.steps": 200,
     "quantizer.track_ranges.batch_size": 4,
     "quantizer.distill.batch_size": 64,
+    "quantizer.distill.lr": 1e-5,  # at 1e-4 a batch this small diverges
     "quantizer.distill.schedule.at": (450,),
     "quantizer.distill.steps": 600,
 }
