@@ -4,7 +4,7 @@
 
 Each prints what the card expects beside what was found on ``zoo:resnet20-cifar10``, on a fixed random 2,000 of the
 test images (standard error about 0.7 points). Nothing here feeds a method: real images only report or serve as the
-upper bound of calibration. ``experiments/README.md`` keeps the results.
+upper bound of calibration. ``docs/experiments`` keeps the results.
 """
 
 import argparse

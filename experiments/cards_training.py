@@ -3,7 +3,7 @@
     python experiments/cards_training.py gdfq qimera ait intraq hast synq --data cifar10-test.zip
 
 As ``cards.py``: on ``zoo:resnet20-cifar10``, what the card expects beside what was found. Images are made with short
-settings (128 images, 200 steps; generators 300 steps). ``experiments/README.md`` keeps the results.
+settings (128 images, 200 steps; generators 300 steps). ``docs/experiments`` keeps the results.
 """
 
 import argparse
