@@ -3,7 +3,7 @@
 Follows the paper's text: a disentanglement mapping before the generator, and embeddings that start at the teacher's
 classifier weights. In the released code the mapping never runs, and superposed conditional normalizations are averaged
 instead of summed; the preset ``released`` does both. What is matched, distilled and scheduled is GDFQ's. The default
-superposes 500 classes, as for ResNet-18 at ImageNet and 4 bits; ``cifar`` two.
+superposes 500 classes, as for ResNet-18 at ImageNet and 4 bits; other networks and data have presets.
 """
 
 from dataclasses import dataclass, replace
@@ -93,6 +93,9 @@ QIMERA = replace(
     presets={
         "cifar": {**SMALL, **TWO_CLASSES},
         "fast": {**SMALL_FAST, **TWO_CLASSES},
+        "cifar100": {**SMALL, "synthesizer.latents.superposed": 10},
+        "mobilenetv2": {"synthesizer.latents.superposed": 100},
+        "resnet50": {"synthesizer.latents.share": 0.7},
         "released": RELEASED,
     },
 )
