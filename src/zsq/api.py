@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -183,6 +183,8 @@ def synthesize(
 ) -> tuple[Batch, Network]:
     """``samples`` images that ``method`` makes for ``model``, in normalised space, and the network they are for.
 
+    A generator that learns beside a student learns for as long here, beside the student as it starts.
+
     Raises:
         RecipeError: if the method makes no images.
     """
@@ -200,8 +202,12 @@ def synthesize(
     teacher.module.to(run.device)
     student = capture(teacher.module, torch.zeros(2, *network.input_shape, device=run.device))
     job = Job(teacher, student, Bits(), run, network.input_shape, pixel_range(network))
-    _check(recipe, job)
-    return Source(recipe.synthesizer, job).take(samples), network
+    _check(replace(recipe, quantizer=()), job)  # only the images are made
+    source = Source(recipe.synthesizer, job)
+    if source.live:
+        for step in run.steps(_learning_steps(recipe), "synthesize"):
+            source.batch(step, 1)
+    return source.take(samples), network
 
 
 def load(folder: str | Path, model: str | nn.Module | Network | None = None) -> tuple[fx.GraphModule, Network]:
@@ -366,6 +372,12 @@ def _images(data: str | Path | Images | None, network: Network) -> Images | None
     images = data if isinstance(data, Images) else read_images(data, network.input_shape)
     check_images(images, network.classes)
     return images
+
+
+def _learning_steps(recipe: Method) -> int:
+    """How many batches the passes of ``recipe`` draw from its live synthesizer."""
+    drawing = [step for step in recipe.quantizer if not getattr(step, "images", None)]
+    return sum(int(getattr(step, "steps", 0)) for step in drawing if getattr(step, "reads_images", False))
 
 
 def _reads_images(recipe: Method) -> bool:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import zsq.api
 import zsq.core.run
-from zsq.api import find_method, load, quantize, resolve
+from zsq.api import find_method, load, quantize, resolve, synthesize
 from zsq.core import FLOAT, Bits, Job, NoData, RecipeError, Run, Source, Teacher, UnsupportedModel, needs, smoke
 from zsq.methods import METHODS
 from zsq.nets.graph import capture
@@ -160,6 +160,19 @@ def test_a_student_made_in_bfloat16_computes_the_same_bits_from_its_file(method,
     assert all(p.dtype == torch.float32 and p.is_contiguous() for p in result.student.parameters())
     student, _ = load(tmp_path / "run", model)
     assert torch.equal(student(photos), result.student(photos))
+
+
+def test_images_can_be_had_alone(method, cnn, result_of):
+    recipe, settings = find_method(method), tiny.settings(method)
+    if isinstance(recipe.synthesizer, NoData):
+        with pytest.raises(RecipeError, match=f"{method} makes no images"):
+            synthesize(cnn, method, 5, **settings)
+        return
+    batch, network = synthesize(cnn, method, 5, **settings)
+    assert batch.images.shape == (5, *tiny.SHAPE)
+    assert network.input_shape == tiny.SHAPE
+    if recipe.synthesizer.live:  # what the generator makes after as many steps as beside the student
+        assert torch.equal(batch.images, result_of(method).images.images[:5])
 
 
 def test_another_teacher_is_refused_on_loading(method, tmp_path):
