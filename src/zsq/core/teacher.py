@@ -147,7 +147,7 @@ def look(
     """The logits of ``network`` (N, K), and what ``needs`` asks for at its landmarks, as keywords of a view."""
     with _watched(network, needs, landmarks) as seen:
         logits: Tensor = network(images)
-    return logits.float(), seen
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), seen
 
 
 @contextlib.contextmanager
