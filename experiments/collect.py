@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from zsq.api import read_metrics
+from zsq.api import find_method, protocol_of, read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,6 +40,10 @@ def main() -> None:
         name = f"{model}-{metrics['method'].replace('+', '-on-')}-{metrics['bits'].lower()}-{metrics['seed']}"
         if metrics["preset"] != "paper":
             name += f"-{metrics['preset']}"
+        if metrics["protocol"] != protocol_of(find_method(metrics["method"])).name:
+            name += f"-{metrics['protocol']}"
+        if metrics["overrides"]:
+            name += "-changed"
         print(row(metrics))
         (RESULTS / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
