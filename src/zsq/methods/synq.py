@@ -3,7 +3,7 @@
 ``synq+HOST`` takes the host's images; HAST's where none is named (the paper adds TexQ's calibration centres to them).
 High frequencies are damped, class activation maps of both networks aligned, and labels learned for easy images only.
 Follows the paper's objective with HAST's perturbation; the paper searches its weights by test accuracy, so that the
-ones of the shipped ImageNet script stand here. The released code keeps HAST's feature alignment at the clean images:
+ones of the shipped ImageNet script stand here. The released code keeps HAST's feature alignment:
 preset ``released``, with the ranges of a generator. Two of its mistakes have no switch: the zero image that its CAM
 object shows to the range trackers, and hooks that pile up. The cutoff is relative to the side of the image.
 """
@@ -59,8 +59,7 @@ def _preset(name: str, host: Method) -> dict[str, object]:
     }
     released = {
         **WARM_UP_GENERATOR,
-        "quantizer.distill.loss": LOSS + 1_000 * BranchEnergies(),
-        "quantizer.distill.gradient.moved": LOSS,
+        "quantizer.distill.loss": LOSS + 1_000 * BranchEnergies(),  # at the moved images too: its ImageNet setting
     }
     return {**images, **training, **(released if name == "released" else {})}
 
