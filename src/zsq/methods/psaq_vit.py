@@ -62,48 +62,62 @@ class PatchSimilarityEntropy(Loss):
         return similarity_entropy(patches, at, self.bandwidth)
 
 
-def similarity_entropy(patches: Tensor, at: Tensor, bandwidth: float, floor: float = 1e-4) -> Tensor:
-    """The entropy (N,) of the products of all pairs in ``patches`` (N, windows, P, d), from its density at ``at``."""
-    entropy: Tensor = _SimilarityEntropy.apply(patches, at, bandwidth, floor)  # type: ignore[no-untyped-call]  # autograd's functions are
+def similarity_entropy(patches: Tensor, at: Tensor, bandwidth: float) -> Tensor:
+    """The entropy (N,) of the products of all pairs in the windows of ``patches`` (N, windows, P, d)."""
+    entropy: Tensor = _SimilarityEntropy.apply(patches, at, bandwidth)  # type: ignore[no-untyped-call]  # autograd's functions are
     return entropy
 
 
 class _SimilarityEntropy(torch.autograd.Function):
-    """One image at a time, so that the kernels of all pairs at all points stay in the cache, and each pair once.
-
-    The gradient is found on the way, while the kernels are there: by a similarity s of n in all it is
-    sum_t H'(p_t) (t - s) k(t - s) / (n h^2), k being the kernel.
-    """
+    """A few images at a time, so that the kernels of all pairs at all points stay in the cache, and each pair once."""
 
     @staticmethod
-    def forward(ctx: Any, patches: Tensor, at: Tensor, bandwidth: float, floor: float) -> Tensor:
+    def forward(ctx: Any, patches: Tensor, at: Tensor, bandwidth: float) -> Tensor:
         images, windows, count, _ = patches.shape
         rows, columns = torch.triu_indices(count, count, device=patches.device)
         pairs = rows * count + columns
-        share = torch.where(rows == columns, 1.0, 2.0).to(patches).repeat(windows) / (windows * count**2)
-        peak = 1 / (math.sqrt(2 * math.pi) * bandwidth)
-        widths = torch.full_like(at, float(at[-1] - at[0]) / (len(at) - 1))
-        widths[[0, -1]] /= 2
-        similarity = (patches @ patches.mT).flatten(2)
-        slopes = torch.zeros_like(similarity)
-        entropies = patches.new_empty(images)
-        for index in range(images):
-            s = similarity[index][:, pairs].flatten()
-            # below e^-80 nothing is left of a kernel, and exp itself is slow
-            kernels = (at[:, None] - s).square_().mul_(-0.5 / bandwidth**2).clamp_(min=-80).exp_()  # (points, pairs)
-            density = peak * (kernels @ share) + floor
-            entropies[index] = -(widths * density * density.log()).sum()
-            by_kernel = -widths * (density.log() + 1) * peak / bandwidth**2
-            first, zeroth = torch.stack([by_kernel * at, by_kernel]) @ kernels
-            slopes[index][:, pairs] = ((first - s * zeroth) * share).unflatten(0, (windows, -1))
-        ctx.save_for_backward(patches, slopes.view(images, windows, count, count))
+        shares = torch.where(rows == columns, 1.0, 2.0).to(patches).repeat(windows) / (windows * count**2)
+        entropies, gradient = patches.new_empty(images), torch.empty_like(patches)
+        together = max(1, _CACHED // (len(at) * len(shares)))
+        for part in map(slice, range(0, images, together), range(together, images + together, together)):
+            x = patches[part]
+            values = (x @ x.mT).flatten(2)[:, :, pairs].flatten(1)
+            entropies[part], by_value = kernel_entropy(values, shares, at, bandwidth)
+            by_product = x.new_zeros(len(x), windows, count**2)
+            by_product[:, :, pairs] = by_value.unflatten(1, (windows, -1))
+            by_product = by_product.unflatten(2, (count, count))
+            gradient[part] = by_product @ x + by_product.mT @ x
+        ctx.save_for_backward(gradient)
         return entropies
 
     @staticmethod
     def backward(ctx: Any, by_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        patches, slopes = ctx.saved_tensors
-        slopes = slopes * by_entropy[:, None, None, None]
-        return (slopes + slopes.mT) @ patches, None, None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient * by_entropy[:, None, None, None], None, None
+
+
+_CACHED = 200_000
+"""How many kernels are computed at once: less than a megabyte."""
+
+
+def kernel_entropy(
+    values: Tensor, shares: Tensor, at: Tensor, bandwidth: float, floor: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """The differential entropy (N,) of ``values`` (N, M), which weigh ``shares`` (M,), and its gradient by them (N, M).
+
+    Their density p is that of a Gaussian kernel k of width h, plus ``floor``, at equally spaced points ``at``; the
+    entropy is the trapezoid rule of -p ln p. By a value s it changes by share * sum_t dH/dp(t) k(t - s) (t - s) / h^2.
+    """
+    peak = 1 / (math.sqrt(2 * math.pi) * bandwidth)
+    widths = torch.full_like(at, float(at[-1] - at[0]) / (len(at) - 1))
+    widths[[0, -1]] /= 2
+    # below e^-60 nothing is left of a kernel, and numbers too small for their type make all that follows slow
+    kernels = at[:, None] - values[:, None]  # (N, points, M)
+    kernels = kernels.square_().mul_(-0.5 / bandwidth**2).clamp_(min=-60).exp_()
+    density = peak * (kernels @ shares) + floor
+    by_kernel = -widths * (density.log() + 1) * peak / bandwidth**2
+    first, zeroth = (torch.stack([by_kernel * at, by_kernel], 1) @ kernels).unbind(1)
+    return -(widths * density * density.log()).sum(1), (first - values * zeroth) * shares
 
 
 PSAQ_VIT = Method(
