@@ -105,10 +105,10 @@ class Stopping:
         if step in self.rule.stops:
             self.tokens = self._fewer(len(pixels))
         if step + 1 in self.rule.stops:
-            view = look(pixels, needs | {"attention"}, tokens=self.tokens, pixels=pixels, **more)
-            self._importance = attention_of_class_token(view, marks.prefix)
-            return view
-        if step in self.rule.stops or not isinstance(jitter, ShiftAndFlip):
+            with torch.no_grad():  # attention in separate products would need the most memory of the whole run
+                seen = look(pixels, frozenset({"attention"}), tokens=self.tokens)
+            self._importance = attention_of_class_token(seen, marks.prefix)
+        if {step, step + 1} & set(self.rule.stops) or not isinstance(jitter, ShiftAndFlip):
             return look(pixels, needs, tokens=self.tokens, pixels=pixels, **more)
         shift = jitter.draw(pixels, self.rng)
         tokens = self.tokens
@@ -136,7 +136,7 @@ class Stopping:
 
 def attention_of_class_token(view: View, prefix: int) -> Tensor:
     """How much the class token reads of each patch in the last attention, the mean over heads: (N, patches)."""
-    return view.attention[-1].probabilities[:, :, 0, prefix:].mean(1).detach()
+    return view.attention[-1].probabilities[:, :, 0, prefix:].mean(1)
 
 
 def most_attended(tokens: Tensor, importance: Tensor, prefix: int, count: int) -> Tensor:
