@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from zsq.core import FLOAT, Job, Recipe, Source, check_counts
+from zsq.core import FLOAT, Job, Recipe, Source, check_counts, look
 from zsq.nets.folding import fold_batchnorms
 from zsq.nets.graph import hidden_layers, layers
 from zsq.quant.grid import MinMax, Range
@@ -85,7 +85,10 @@ class InsertFakeQuant(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Recipe):
-    """Set activation ranges from images, each one behind layers that are already quantized."""
+    """Set activation ranges from images, each one behind layers that are already quantized.
+
+    Of an image that is to be seen by some of its tokens, a transformer sees those alone.
+    """
 
     range: Range = MinMax()
     """How the range of a batch is found; later batches widen it."""
@@ -107,7 +110,7 @@ class Calibrate(Recipe):
             quantizer.observe(self.range)
         with torch.no_grad():
             for batch in source.batches(self.batch_size, self.samples):
-                job.student(batch.images)
+                look(job.student, batch.images, frozenset(), job.teacher.landmarks, batch.tokens)
         for quantizer in quantizers.values():
             quantizer.observe(None)  # one on a branch that no image took stays float, and is reported
 
