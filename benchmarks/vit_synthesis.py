@@ -26,8 +26,8 @@ import torch
 
 from zsq import METHODS, load_network
 from zsq.allocator import keep_freed_memory
+from zsq.compat import import_timm
 from zsq.core import Bits, Job, Run, Source, Teacher
-from zsq.nets.compat import import_timm
 from zsq.nets.graph import capture
 from zsq.nets.load import Network
 from zsq.nets.tracing import prepare
