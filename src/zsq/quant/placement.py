@@ -99,7 +99,7 @@ class EveryEdge(Recipe):
     logits: bool = False
     """Also what the network puts out."""
     constants: bool = False
-    """Also parameters that are no layer's: position embeddings and the like."""
+    """Also parameters that are added: position embeddings, tables of position biases."""
 
     def edges(self, graph: fx.GraphModule) -> list[Edge]:
         """One edge for each tensor that is not taken up at once by a normalisation, an activation, a view or a mask."""
@@ -107,7 +107,7 @@ class EveryEdge(Recipe):
             Edge(node, readers)
             for node in graph.graph.nodes
             if "shape" in node.meta and node.op != "output" and not _keeps_grid(node) and not _masks(node)
-            if node.op != "get_attr" or (self.constants and _is_parameter(node))
+            if node.op != "get_attr" or (self.constants and _is_parameter(node) and _is_added(node))
             if (readers := tuple(user for user in node.users if self._reads(node, user)))
         ]
 
@@ -224,17 +224,18 @@ def is_activation(node: fx.Node) -> bool:
 
 
 def float_tensors(graph: fx.GraphModule) -> list[str]:
-    """The operands of layers, products, sums and concatenations that no quantizer touches, as ``reader <- value``.
+    """The operands of layers, products, sums, LayerNorm and so on that no quantizer touches, as ``reader <- value``.
 
     The input of a layer inside an untraced module counts as quantized once the range of its quantizer is known.
     """
     readers = [*layers(graph), *(product.node for product in matmuls(graph))]
-    readers += [node for node in graph.graph.nodes if node.target in _ARITHMETIC]
+    readers += [node for node in graph.graph.nodes if node.target in _ARITHMETIC or _is_softmax(node)]
+    readers += [node for node in graph.graph.nodes if isinstance(module_of(node), nn.LayerNorm)]
     left = []
     for reader in dict.fromkeys(readers):
         for source in reader.all_input_nodes:
             origin = source
-            while _keeps_grid(origin) and origin.all_input_nodes:
+            while (_keeps_grid(origin) or _masks(origin)) and origin.all_input_nodes:
                 origin = origin.all_input_nodes[0]
             quantized = isinstance(module_of(origin), ActivationQuantizer)
             if "shape" in source.meta and origin.op != "get_attr" and not quantized:
@@ -311,7 +312,7 @@ def normalized_linears(node: fx.Node) -> list[fx.Node]:
                 if value.shape[-1:] != numbers.shape or not torch.equal(value, numbers.expand_as(value)):
                     return []
                 found.append(reader)
-            elif preserves_value(reader) or isinstance(module_of(reader), ActivationQuantizer):
+            elif isinstance(module_of(reader), ActivationQuantizer):
                 values[reader] = value
             elif all(each in values for each in inputs) and (asks_size(reader) or _rearranges(reader, value)):
                 args, kwargs = (fx.node.map_arg(each, values.__getitem__) for each in (reader.args, reader.kwargs))
@@ -332,6 +333,10 @@ def _is_softmax(node: fx.Node) -> bool:
 
 def _is_parameter(node: fx.Node) -> bool:
     return isinstance(operator.attrgetter(str(node.target))(node.graph.owning_module), nn.Parameter)
+
+
+def _is_added(node: fx.Node) -> bool:
+    return any(user.target in _ADDS or (moves_values(user) and _is_added(user)) for user in node.users)
 
 
 _HIDDEN_SCORE = -100.0
