@@ -1,5 +1,7 @@
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import tiny
@@ -7,7 +9,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from zsq.core import Bits, Job, Run, Teacher
+from zsq.compat import import_timm
+from zsq.core import Bits, Job, MissingExtra, Run, Teacher
 from zsq.nets.graph import capture
 
 settings.register_profile("zsq", deadline=None, derandomize=True)  # a busy machine is not a failure, nor is bad luck
@@ -18,6 +21,17 @@ settings.load_profile("zsq")
 def _no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Power does not fail in tests, and on a busy disk every ``fsync`` takes a second."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def vision() -> Iterator[ModuleType]:
+    """timm and torchvision, or a skip; the warning of their remedy is no test's concern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield import_timm()
+        except MissingExtra as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent / "src" / "zsq"
 FILES = sorted(ROOT.rglob("*.py"))
 ALLOWED = {
     "core": "core",
-    "zoo": "core zoo",
-    "nets": "core nets zoo",
+    "compat": "core",
+    "zoo": "compat core zoo",
+    "nets": "compat core nets zoo",
     "losses": "core losses",
     "synthesis": "core losses synthesis",
     "quant": "core nets losses quant",

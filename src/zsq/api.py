@@ -110,7 +110,7 @@ def quantize(
     digest = teacher.digest()
     with run.timed("capture"):
         student = capture(teacher.module.to(run.device), torch.zeros(2, *network.input_shape, device=run.device))
-    job = Job(teacher, student, bits, run, network.input_shape, pixel_range(network))
+    job = Job(teacher, student, bits, run, network.input_shape, pixel_box(network))
     _check(recipe, job)
     _check_shares(recipe, run)
     _lay_out(run.layout, teacher.module, student)
@@ -201,7 +201,7 @@ def synthesize(
     teacher = Teacher(network.module)
     teacher.module.to(run.device)
     student = capture(teacher.module, torch.zeros(2, *network.input_shape, device=run.device))
-    job = Job(teacher, student, Bits(), run, network.input_shape, pixel_range(network))
+    job = Job(teacher, student, Bits(), run, network.input_shape, pixel_box(network))
     _check(replace(recipe, quantizer=()), job)  # only the images are made
     source = Source(recipe.synthesizer, job)
     if source.live:
@@ -313,10 +313,9 @@ def find_protocol(protocol: str | QuantizationProtocol) -> QuantizationProtocol:
     return PROTOCOLS[protocol]
 
 
-def pixel_range(network: Network) -> tuple[float, float]:
-    """The least and the largest value of a normalised pixel of ``network``."""
-    ends = [((end - mean) / std) for mean, std in zip(network.mean, network.std, strict=True) for end in (0.0, 1.0)]
-    return min(ends), max(ends)
+def pixel_box(network: Network) -> tuple[tuple[float, float], ...]:
+    """The least and the largest value of a normalised pixel in each channel."""
+    return tuple(((0 - mean) / std, (1 - mean) / std) for mean, std in zip(network.mean, network.std, strict=True))
 
 
 def to_pixels(images: Tensor, network: Network) -> Tensor:
@@ -415,8 +414,9 @@ def _write_images(run: Run, made: Batch, network: Network) -> None:
     from PIL import Image
 
     tensors = {"images": made.images.cpu().contiguous()}
-    if made.labels is not None:
-        tensors["labels"] = made.labels.cpu().contiguous()
+    for name, tensor in (("labels", made.labels), ("tokens", made.tokens)):
+        if tensor is not None:
+            tensors[name] = tensor.cpu().contiguous()
     run.write("images.safetensors", safetensors.torch.save(tensors))
     shown = to_pixels(made.images[:64], network)
     columns = min(8, len(shown))

@@ -20,7 +20,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @functools.cache
 def _once(method: str, network: str, bits: str, seed: int) -> Result:
-    return quantize(getattr(tiny, network)(), method, bits, seed=seed, **tiny.settings(method))
+    return quantize(tiny.fitting(method, network), method, bits, seed=seed, **tiny.settings(method))
 
 
 @pytest.fixture

@@ -11,7 +11,20 @@ from torch.testing import assert_close
 import zsq.api
 import zsq.core.run
 from zsq.api import find_method, load, quantize, resolve, synthesize
-from zsq.core import FLOAT, Bits, Job, NoData, RecipeError, Run, Source, Teacher, UnsupportedModel, needs, smoke
+from zsq.core import (
+    ALWAYS,
+    FLOAT,
+    Bits,
+    Job,
+    NoData,
+    RecipeError,
+    Run,
+    Source,
+    Teacher,
+    UnsupportedModel,
+    needs,
+    smoke,
+)
 from zsq.methods import METHODS
 from zsq.nets.graph import capture
 from zsq.nets.load import load_network
@@ -63,7 +76,7 @@ def test_every_quantized_edge_carries_at_most_two_to_the_bits_values(method, res
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_network_handed_in_is_untouched(method, training, tmp_path):
-    network = tiny.cnn().train(training)
+    network = tiny.fitting(method).train(training)
     before, flags = state(network), [parameter.requires_grad for parameter in network.parameters()]
     quantize(network, method, "w4a4", out=tmp_path / "run", **tiny.settings(method))
     assert_same(state(network), before)
@@ -73,9 +86,9 @@ def test_the_network_handed_in_is_untouched(method, training, tmp_path):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in network.modules())
 
 
-def test_the_teacher_is_untouched(method, cnn):
+def test_the_teacher_is_untouched(method):
     recipe = smoke(find_method(method))
-    teacher = Teacher(cnn)
+    teacher = Teacher(tiny.fitting(method))
     before = state(teacher.module)
     job = Job(teacher, capture(teacher.module, torch.zeros(2, *tiny.SHAPE)), Bits(), Run(device="cpu"), tiny.SHAPE)
     source = Source(recipe.synthesizer, job)
@@ -88,14 +101,14 @@ def test_the_teacher_is_untouched(method, cnn):
 
 def test_the_same_seed_gives_the_same_bits(method, result_of, photos):
     torch.rand(7)  # the global stream has no say
-    again = quantize(tiny.cnn(), method, "w3a4", seed=0, **tiny.settings(method))
+    again = quantize(tiny.fitting(method), method, "w3a4", seed=0, **tiny.settings(method))
     first = result_of(method)
     assert_same(state(again.student), state(first.student))
     assert torch.equal(again.student(photos), first.student(photos))
 
 
 def test_global_randomness_is_neither_read_nor_moved(method):
-    network, before = tiny.cnn(), torch.get_rng_state()
+    network, before = tiny.fitting(method), torch.get_rng_state()
     quantize(network, method, **tiny.settings(method))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -134,7 +147,9 @@ def test_a_run_that_dies_at_every_write_ends_with_the_same_bits(method, result_o
             patch.setattr(zsq.core.run, "save_atomically", write_and_die)
             patch.setattr(zsq.api, "Run", partial(Run, save_every=0))  # a checkpoint at every step of a loop
             try:
-                student = quantize(tiny.cnn(), method, "w3a4", out=tmp_path / "run", **tiny.settings(method)).student
+                student = quantize(
+                    tiny.fitting(method), method, "w3a4", out=tmp_path / "run", **tiny.settings(method)
+                ).student
             except Killed:
                 deaths += 1
     assert deaths >= 4  # identity, recipe, student, metrics, and every piece
@@ -144,7 +159,7 @@ def test_a_run_that_dies_at_every_write_ends_with_the_same_bits(method, result_o
 
 @pytest.mark.parametrize("network", ["cnn", "mobile", "gated"])
 def test_a_saved_student_computes_the_same_bits(method, network, tmp_path, photos):
-    model = getattr(tiny, network)()
+    model = tiny.fitting(method, network)
     result = quantize(model, method, "w3a4", out=tmp_path / "run", **tiny.settings(method))
     assert bool(result.metrics["untraced"]) == (network == "gated")
     student, found = load(tmp_path / "run", model)
@@ -154,7 +169,7 @@ def test_a_saved_student_computes_the_same_bits(method, network, tmp_path, photo
 
 
 def test_a_student_made_in_bfloat16_computes_the_same_bits_from_its_file(method, tmp_path, photos):
-    model = tiny.cnn()
+    model = tiny.fitting(method)
     result = quantize(model, method, "w3a4", out=tmp_path / "run", precision="bfloat16", **tiny.settings(method))
     assert result.metrics["precision"] == "bfloat16"
     assert all(p.dtype == torch.float32 and p.is_contiguous() for p in result.student.parameters())
@@ -162,13 +177,13 @@ def test_a_student_made_in_bfloat16_computes_the_same_bits_from_its_file(method,
     assert torch.equal(student(photos), result.student(photos))
 
 
-def test_images_can_be_had_alone(method, cnn, result_of):
-    recipe, settings = find_method(method), tiny.settings(method)
+def test_images_can_be_had_alone(method, result_of):
+    model, recipe, settings = tiny.fitting(method), find_method(method), tiny.settings(method)
     if isinstance(recipe.synthesizer, NoData):
         with pytest.raises(RecipeError, match=f"{method} makes no images"):
-            synthesize(cnn, method, 5, **settings)
+            synthesize(model, method, 5, **settings)
         return
-    batch, network = synthesize(cnn, method, 5, **settings)
+    batch, network = synthesize(model, method, 5, **settings)
     assert batch.images.shape == (5, *tiny.SHAPE)
     assert network.input_shape == tiny.SHAPE
     if recipe.synthesizer.live:  # what the generator makes after as many steps as beside the student
@@ -176,8 +191,8 @@ def test_images_can_be_had_alone(method, cnn, result_of):
 
 
 def test_another_teacher_is_refused_on_loading(method, tmp_path):
-    quantize(tiny.cnn(), method, out=tmp_path / "run", **tiny.settings(method))
-    other = tiny.lively(tiny.cnn(), seed=2)
+    quantize(tiny.fitting(method), method, out=tmp_path / "run", **tiny.settings(method))
+    other = tiny.lively(tiny.fitting(method), seed=2)
     with pytest.raises(UnsupportedModel, match="other weights"):
         load(tmp_path / "run", other)
 
@@ -191,8 +206,8 @@ def test_every_leaf_can_be_overridden(method):
         assert recipe.override({path: value}) == recipe, path
 
 
-def test_every_preset_fits_its_own_images(method, cnn, job_for):
-    recipe, teacher = find_method(method), job_for(cnn).teacher
+def test_every_preset_fits_its_own_images(method, job_for):
+    recipe, teacher = find_method(method), job_for(tiny.fitting(method)).teacher
     for preset in ("paper", *recipe.presets):
         for effort in ("paper", "smoke", *({"fast"} & recipe.presets.keys())):
             resolved = resolve(method, preset=preset, effort=effort)
@@ -204,13 +219,15 @@ def test_every_preset_fits_its_own_images(method, cnn, job_for):
 
 
 def test_nothing_is_printed(method, tmp_path, capfd):
-    quantize(tiny.cnn(), method, out=tmp_path / "run", **tiny.settings(method))  # warnings are errors in all tests
+    quantize(
+        tiny.fitting(method), method, out=tmp_path / "run", **tiny.settings(method)
+    )  # warnings are errors in all tests
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("network", ["cnn", "mobile", "gated"])
 def test_with_quantizers_off_the_student_is_the_teacher(method, network, job_for, photos):
-    model = getattr(tiny, network)()
+    model = tiny.fitting(method, network)
     job = job_for(model, bits="w2a2")
     insert = next(step for step in find_method(method).quantizer if isinstance(step, InsertFakeQuant))
     insert.apply(job, Source(NoData(), job))
@@ -236,7 +253,7 @@ def test_every_width_runs(method, bits, result_of, photos):
 
 
 def test_eight_bits_are_closer_than_two(method, result_of, photos):
-    wanted = tiny.cnn()(photos).detach()
+    wanted = tiny.fitting(method)(photos).detach()
     error = {bits: (result_of(method, bits=bits).student(photos) - wanted).square().mean() for bits in ("w8a8", "w2a2")}
     assert error["w8a8"] < error["w2a2"]
 
@@ -249,20 +266,25 @@ def test_dead_channels_have_finite_scales(method, result_of, photos):
     assert student(photos).isfinite().all()
 
 
-def test_a_network_without_batchnorm_is_refused_or_works(method, plain, photos):
-    fitting = [name for name, each in METHODS.items() if "bn" not in needs(each)]
-    if "bn" not in needs(find_method(method)):
-        assert quantize(plain, method, **tiny.settings(method)).student(photos).isfinite().all()
+@pytest.mark.parametrize("network", ["cnn", "plain", "vit"])
+def test_a_network_without_what_is_looked_at_is_refused_and_another_works(method, network, job_for, photos):
+    model = getattr(tiny, network)()
+    shown = job_for(model).teacher.offers | ALWAYS
+    missing = needs(find_method(method)) - shown
+    if not missing:
+        assert quantize(model, method, **tiny.settings(method)).student(photos).isfinite().all()
     else:
         with pytest.raises(UnsupportedModel) as refusal:
-            quantize(plain, method, **tiny.settings(method))
-        assert str(refusal.value).startswith(f"{method} reads BatchNorm layers with running statistics")
+            quantize(model, method, **tiny.settings(method))
+        words = {"bn": "BatchNorm layers with running statistics", "attention": "attention maps"}
+        assert str(refusal.value).startswith(f"{method} reads ")
+        assert all(words[name] in str(refusal.value) for name in missing & words.keys())
+        fitting = [name for name, each in METHODS.items() if needs(each) <= shown]
         assert str(refusal.value).endswith(f"methods that fit: {', '.join(fitting)}")
 
 
 def test_a_network_of_one_logit_is_refused_or_works(method, tmp_path, photos):
-    network = tiny.cnn()
-    network[-1] = torch.nn.Linear(6, 1)
+    network = tiny.with_one_logit(tiny.fitting(method))
     if "labels" not in needs(find_method(method)):
         assert quantize(network, method, **tiny.settings(method)).student(photos).shape == (16, 1)
     else:
@@ -280,8 +302,8 @@ def test_a_refused_network_leaves_no_folder_behind(plain, tmp_path):
     quantize(plain, "nearest", out=tmp_path / "run", **tiny.settings("nearest"))  # the folder is free
 
 
-def test_a_network_object_is_left_where_it_is(method, cnn):
-    network = load_network(cnn, input_shape=tiny.SHAPE)
+def test_a_network_object_is_left_where_it_is(method):
+    network = load_network(tiny.fitting(method), input_shape=tiny.SHAPE)
     before = copy.deepcopy(network.module)
     quantize(network, method, **{**tiny.settings(method), "input_shape": None})
     assert_same(state(network.module), state(before))
@@ -290,7 +312,7 @@ def test_a_network_object_is_left_where_it_is(method, cnn):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 def test_an_accelerator_sees_the_same_noise(method, result_of):
-    result = quantize(tiny.cnn().cuda(), method, "w3a4", **{**tiny.settings(method), "device": "cuda"})
+    result = quantize(tiny.fitting(method).cuda(), method, "w3a4", **{**tiny.settings(method), "device": "cuda"})
     here = result_of(method)
     assert result.student(torch.zeros(1, *tiny.SHAPE, device="cuda")).isfinite().all()
     if here.images is not None:

@@ -53,7 +53,7 @@ def member(group, rank, task, *args):
 def work(method: str, out: Path, changes: dict, **counts: int):
     settings = tiny.settings(method, **counts)
     settings["overrides"] |= changes
-    return quantize(tiny.cnn(), method, "w3a4", out=out, **settings)
+    return quantize(tiny.fitting(method), method, "w3a4", out=out, **settings)
 
 
 def work_on(rank, method, out, changes, counts):
@@ -77,7 +77,7 @@ def written(folder: Path) -> list[str]:
 # --- the same results -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["zeroq", "genie"])
+@pytest.mark.parametrize("method", ["zeroq", "genie", "smi"])
 def test_divided_pieces_are_those_of_one_process(method, in_two, tmp_path):
     counts = {"samples": 12, "batch_size": 4}  # three batches, so that one rank has nothing to do at last
     assert in_two(work_on, method, tmp_path / "two", {}, counts) == [0, 0]

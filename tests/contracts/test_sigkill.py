@@ -20,7 +20,7 @@ def work(method: str, folder: Path) -> None:
 
     os.fsync = lambda _: None  # what is killed is the process, not the machine
     zsq.api.Run = partial(Run, save_every=0)  # a checkpoint at every step, for kills to land behind one
-    zsq.api.quantize(tiny.cnn(), method, "w3a4", out=folder, **tiny.settings(method, **COUNTS))
+    zsq.api.quantize(tiny.fitting(method), method, "w3a4", out=folder, **tiny.settings(method, **COUNTS))
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import torch
 from torch import fx, nn
 from torch.testing import assert_close
 
+from zsq.compat import import_timm, import_torchvision
 from zsq.core import Bits, Job, MissingExtra, Run, Source, Teacher
 from zsq.methods.nearest import NEAREST
 from zsq.nets.chains import equalizable_chains, make_equivariant, scale_channels
-from zsq.nets.compat import import_timm, import_torchvision
 from zsq.nets.folding import fold_batchnorms, output_first
 from zsq.nets.graph import blocks, capture, extract, hidden_layers, layers, matmuls, module_of
 from zsq.quant import REPQ_VIT_PASSES

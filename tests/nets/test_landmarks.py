@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from zsq.compat import import_torchvision
 from zsq.core import MissingExtra, Source
 from zsq.core.teacher import Landmarks
-from zsq.nets.compat import import_torchvision
 from zsq.nets.graph import capture
 from zsq.quant import QAT_LOWBIT_ALL, InsertFakeQuant
 from zsq.synthesis import Noise

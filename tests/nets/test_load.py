@@ -3,7 +3,6 @@ import subprocess
 import sys
 import textwrap
 import urllib.error
-import warnings
 
 import pytest
 import safetensors.torch
@@ -11,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from zsq import compat
 from zsq.core.errors import CheckpointError, MissingExtra, RecipeError, UnsupportedModel
-from zsq.nets import compat
 from zsq.nets.load import Network, check_network, load_network, read_checkpoint
 from zsq.zoo import load_weights
 from zsq.zoo.pytorchcv import to_pytorchcv
@@ -149,17 +148,6 @@ def test_what_names_nothing_is_answered_with_the_forms(model):
 # -- torchvision and timm -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def vision():
-    """Both libraries, or a skip; the warning of the remedy is not what these tests are about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield compat.import_timm()
-        except MissingExtra as error:
-            pytest.skip(str(error))
-
-
 def test_torchvision_networks_bring_the_facts_of_their_default_weights(vision, tmp_path):
     network = load_network("torchvision:squeezenet1_1", pretrained=False)
     assert (network.input_shape, network.classes) == ((3, 224, 224), 1000)
@@ -214,7 +202,7 @@ def test_a_torchvision_without_its_operators_imports_and_warns_once(tmp_path):
     code = f"""
         import sys, warnings
         sys.path.insert(0, {str(tmp_path)!r})
-        from zsq.nets.compat import import_torchvision
+        from zsq.compat import import_torchvision
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             assert import_torchvision() is import_torchvision() is sys.modules["torchvision"]

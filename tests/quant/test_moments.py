@@ -174,7 +174,7 @@ def test_ranges_end_at_six_standard_deviations_or_at_the_clip(relu6, job_of, app
     network[4].weight.data, network[4].bias.data = tensor([-2.0, 0.1]), tensor([1.0, 0.3])
     network = nn.Sequential(network, nn.Linear(128, 5)).eval()
     job = job_of(network, "w8a8")
-    job.pixel_range = (-2.0, 3.0)
+    job.pixel_box = ((-2.0, 3.0),)
     apply(job, InsertFakeQuant(protocol=SIMULATE_ALL), BNRanges(sigmas=6.0))
     steps = [round(q.scale.item() * 255, 4) for q in activation_quantizers(job.student).values()]
     # images -2 .. 3; ReLU6 0 .. max(0 + 3, 0.3 + 0.6); ReLU 0 .. max(1 + 12, 0.3 + 0.6)

@@ -1,12 +1,13 @@
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from zsq.core import RecipeError
+from zsq.core import Batch, RecipeError
 from zsq.quant import (
     REPQ_VIT,
     REPQ_VIT_PASSES,
@@ -48,7 +49,9 @@ def errors_of(sites):
 @pytest.mark.parametrize("guide", ["gradient", "none"])
 def test_no_error_rises(guide, vit, job_of, apply):
     job = prepared(vit, job_of, apply)
-    sites = _sites(job.student, images_of(job), guide)  # the importance is that of the start
+    sites = _sites(
+        job.student, Batch(images_of(job)), job.teacher.landmarks, guide
+    )  # the importance is that of the start
     before = errors_of(sites)
     apply(job, SearchRanges(guide=guide, candidates=21), synthesizer=NOISE)
     after = errors_of(sites)
@@ -77,7 +80,9 @@ def test_one_linear_by_hand(job_of, apply):
 def test_the_importance_is_the_gradient_of_the_divergence(vit, job_of, apply):
     job = prepared(vit, job_of, apply)
     images = images_of(job)
-    sites = {str(site.node.target): site for site in _sites(job.student, images, "gradient")}
+    sites = {
+        str(site.node.target): site for site in _sites(job.student, Batch(images), job.teacher.landmarks, "gradient")
+    }
     seen = []
     hook = job.student.head.register_forward_hook(lambda _, __, out: seen.append(out.retain_grad()) or seen.append(out))
     found = job.student(images.requires_grad_())
@@ -129,3 +134,15 @@ def test_a_rounding_that_belongs_to_its_scale_is_refused(vit, job_of, apply):
         apply(job, SearchRanges(), synthesizer=NOISE)
     with pytest.raises(RecipeError, match="narrowest"):
         SearchRanges(narrowest=2.0)
+
+
+def test_only_the_tokens_that_an_image_keeps_are_looked_at(job_of, apply):
+    network = tiny.vit()
+    job = job_of(network)
+    apply(job, InsertFakeQuant(protocol=PER_TENSOR), Calibrate(samples=16), synthesizer=NOISE)
+    tokens = torch.tensor([[0, 3, 7], [0, 1, 16]])
+    batch = Batch(images_of(job)[:2], tokens=tokens)
+    sites = {str(site.node.target): site for site in _sites(job.student, batch, job.teacher.landmarks, "gradient")}
+    assert {site.importance.shape[1] for name, site in sites.items() if name.endswith("qkv")} == {3}
+    (operand,) = sites["blocks.0.proj"].node.all_input_nodes
+    assert sites["blocks.0.proj"].values[operand].shape == (2, 3, 8)

@@ -36,7 +36,9 @@ def test_images_come_in_batches_without_gradients(cnn, job_for):
 
 def test_the_seed_decides_every_bit(cnn, job_for):
     def made(seed):
-        recipe = replace(SMALL, labels=UniformLabels(), jitter=ShiftAndFlip(limit=2), loss=CrossEntropy() + SMALL.loss)
+        recipe = replace(
+            SMALL, labels=UniformLabels(), jitter=ShiftAndFlip(limit=1 / 4), loss=CrossEntropy() + SMALL.loss
+        )
         return images_of(recipe, job_for(cnn, Run(device="cpu", seed=seed)))
 
     for a, b, other in zip(made(1), made(1), made(2), strict=True):
@@ -86,7 +88,7 @@ def test_a_jitter_moves_what_is_looked_at_and_not_the_image(cnn, job_for):
         def value(self, view):
             return 0 * view.images.sum()
 
-    recipe = replace(SMALL, loss=Still(), jitter=ShiftAndFlip(limit=3), samples=4)
+    recipe = replace(SMALL, loss=Still(), jitter=ShiftAndFlip(limit=3 / 8), samples=4)
     (moved,) = images_of(recipe, job_for(cnn))
     (still,) = images_of(replace(recipe, jitter=None), job_for(cnn))
     assert torch.equal(moved.images, still.images)
@@ -94,10 +96,10 @@ def test_a_jitter_moves_what_is_looked_at_and_not_the_image(cnn, job_for):
 
 def test_a_plateau_lowers_the_learning_rate_and_stops_at_the_least():
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = Plateau(factor=0.1, patience=2, min_lr=0.05).build(optimizer)
+    slow = Plateau(factor=0.1, patience=2, min_lr=0.05).build(optimizer, 8)
     rates = []
     for loss in [5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]:  # the third step in vain is one too many
-        schedule.step(loss)
+        slow(loss)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.05])
 

@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from zsq.core import RecipeError
-from zsq.synthesis import CropAndFlip, GaussianPixels, LowPass, ShiftAndFlip, UniformLabels, UniformPixels
+from zsq.synthesis import (
+    CropAndFlip,
+    GaussianPixels,
+    InTurn,
+    LowPass,
+    ShiftAndFlip,
+    UniformLabels,
+    UniformPixels,
+)
+from zsq.synthesis.sampling import Shift
 
 
 def stream(seed: int = 0) -> torch.Generator:
@@ -50,7 +59,7 @@ def test_an_empty_interval_is_refused():
 @pytest.mark.parametrize("flip", [True, False])
 def test_a_jitter_only_moves_pixels(flip):
     images = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).view(2, 3, 6, 6)
-    rng, jitter = stream(), ShiftAndFlip(limit=2, flip=flip)
+    rng, jitter = stream(), ShiftAndFlip(limit=1 / 3, flip=flip)
     results = {tuple(jitter.move(images, rng).flatten().tolist()) for _ in range(400)}
     rolls = [images.roll((down, right), (2, 3)) for down in range(-2, 3) for right in range(-2, 3)]
     possible = {tuple(roll.flatten().tolist()) for roll in rolls}
@@ -70,9 +79,38 @@ def test_gradients_pass_through_a_jitter():
     assert torch.equal(images.grad, torch.ones_like(images))
 
 
-def test_a_negative_shift_is_refused():
-    with pytest.raises(RecipeError, match="a shift cannot be negative, got limit -1"):
-        ShiftAndFlip(limit=-1)
+@pytest.mark.parametrize("limit", [-0.1, 1.1, math.nan])
+def test_a_shift_that_is_no_share_of_the_side_is_refused(limit):
+    with pytest.raises(RecipeError, match="a shift is a share of the side from 0 to 1, got limit"):
+        ShiftAndFlip(limit=limit)
+
+
+@pytest.mark.parametrize(("limit", "side", "pixels"), [(15 / 224, 224, 15), (30 / 224, 32, 4), (1 / 8, 224, 28)])
+def test_a_shift_means_the_same_at_every_size(limit, side, pixels):
+    images, rng, jitter = torch.empty(1, 1, side, side), stream(), ShiftAndFlip(limit=limit)
+    shifts = [jitter.draw(images, rng) for _ in range(1000)]
+    for offsets in ({shift.down for shift in shifts}, {shift.right for shift in shifts}):
+        assert offsets == set(range(-pixels, pixels + 1))
+
+
+def test_a_diagonal_shift_is_the_same_both_ways():
+    images, rng = torch.empty(1, 1, 224, 224), stream()
+    shifts = [ShiftAndFlip(limit=15 / 224, diagonal=True).draw(images, rng) for _ in range(400)]
+    assert all(shift.down == shift.right for shift in shifts)
+    assert {shift.down for shift in shifts} == set(range(-15, 16))
+    assert 150 < sum(shift.mirrored for shift in shifts) < 250
+
+
+def test_a_shift_by_hand():
+    # 2 x 3 pixels, one down and one to the right, then mirrored
+    images = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]])
+    assert Shift(1, 1, False).move(images).tolist() == [[[[6.0, 4.0, 5.0], [3.0, 1.0, 2.0]]]]
+    assert Shift(1, 1, True).move(images).tolist() == [[[[5.0, 4.0, 6.0], [2.0, 1.0, 3.0]]]]
+
+
+def test_transforms_take_turns_at_half_time():
+    turns = InTurn(first=LowPass(), second=ShiftAndFlip())
+    assert [type(turns.at(step / 4)).__name__ for step in range(4)] == ["LowPass"] * 2 + ["ShiftAndFlip"] * 2
 
 
 # --- crops ------------------------------------------------------------------------------------------------------

@@ -6,14 +6,27 @@ import torch
 from zsq import zoo
 from zsq.core.errors import CheckpointError, RunError, UnsupportedModel
 from zsq.evaluate import Images, evaluate, read_images
-from zsq.zoo.networks import MobileNetV2, ResNet
+from zsq.zoo.networks import MobileNetV2, ResNet, vision_transformer
 from zsq.zoo.pytorchcv import from_pytorchcv, to_pytorchcv
-from zsq.zoo.train import RECIPES, TrainingRecipe, augmented, train, training_loss
+from zsq.zoo.train import (
+    RECIPES,
+    TrainingRecipe,
+    augmented,
+    build_optimizers,
+    half_of_the_patches,
+    train,
+    training_loss,
+)
 
-SHIPPED = [name for name in zoo.MODELS if (resources.files("zsq.zoo") / "weights" / f"{name}.safetensors").is_file()]
+
+@pytest.fixture(params=zoo.MODELS)
+def model(request):
+    """Every entry of the zoo; the transformer is timm's."""
+    if request.param == "vit-cifar10":
+        request.getfixturevalue("vision")
+    return zoo.entry(request.param)
 
 
-@pytest.mark.parametrize("model", zoo.MODELS.values(), ids=lambda model: model.name)
 def test_every_network_fits_its_entry_and_has_a_recipe_and_a_card(model):
     network = model.build().eval()
     with torch.no_grad():
@@ -24,9 +37,8 @@ def test_every_network_fits_its_entry_and_has_a_recipe_and_a_card(model):
     assert f"{sum(p.numel() for p in network.parameters()):,} parameters" in card
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_weights_load_in_eval_mode_and_are_finite(name):
-    network = zoo.load_weights(name)
+def test_shipped_weights_load_in_eval_mode_and_are_finite(model):
+    network = zoo.load_weights(model.name)
     assert not any(module.training for module in network.modules())
     assert all(torch.isfinite(value).all() for value in network.state_dict().values())
 
@@ -41,7 +53,7 @@ def test_the_digits_network_has_the_accuracy_of_its_card():
 def test_an_unknown_name_lists_what_is_close():
     with pytest.raises(UnsupportedModel, match="no network 'resnet-cifar10' in the zoo: it has resnet20-cifar10"):
         zoo.load_weights("resnet-cifar10")
-    with pytest.raises(UnsupportedModel, match="digits-resnet, resnet20-cifar10, mobilenetv2-cifar10"):
+    with pytest.raises(UnsupportedModel, match="digits-resnet, resnet20-cifar10, mobilenetv2-cifar10, vit-cifar10"):
         zoo.entry("x")
 
 
@@ -99,6 +111,39 @@ def test_training_loss_by_hand():
     # softmax((4 ln 3, 0) / 4) = (3/4, 1/4): KL to (1/2, 1/2) is 3/4 ln 3/2 + 1/4 ln 1/2 = 0.130812, times 16 / 2
     target = torch.tensor([[4 * 1.0986123, 0.0]])
     assert training_loss(logits, labels, target, 4.0).item() == pytest.approx(0.346574 + 8 * 0.130812, abs=1e-4)
+
+
+def test_muon_steps_the_matrices_of_blocks_and_adamw_all_others_once(vision):
+    vit = vision_transformer(size=8, patch=4, width=8, depth=2, heads=2, classes=3)
+    muon, adamw = build_optimizers(vit, TrainingRecipe(epochs=1, lr=0.1, optimizer="muon"))
+    stepped = [[p for group in each.param_groups for p in group["params"]] for each in (muon, adamw)]
+    assert len(stepped[0]) == 2 * 4  # qkv, proj, fc1 and fc2 of two blocks
+    assert {id(p) for part in stepped for p in part} == {id(p) for p in vit.parameters()}
+    assert sum(map(len, stepped)) == len(list(vit.parameters()))
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+
+
+def test_half_of_the_patches_and_the_class_token_reach_the_blocks(vision):
+    vit = vision_transformer(size=16, patch=4, width=8, depth=1, heads=2, classes=3)
+    whole, seen = [], []
+    vit.pos_drop.register_forward_hook(lambda _, __, tokens: whole.append(tokens))
+    vit.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images, rng = torch.rand(2, 3, 16, 16), torch.Generator().manual_seed(0)
+    with torch.no_grad(), half_of_the_patches(vit, rng):
+        vit(images)
+        vit(images)
+    with torch.no_grad():
+        vit(images)
+    first, second, after = seen
+    assert [tokens.shape for tokens in seen] == [(2, 9, 8), (2, 9, 8), (2, 17, 8)]
+    assert torch.equal(first[:, 0], whole[0][:, 0])
+    patches = {row.numpy().tobytes() for row in whole[0][0, 1:]}
+    kept = {row.numpy().tobytes() for row in first[0, 1:]}
+    assert len(kept) == 8
+    assert kept < patches
+    assert not torch.equal(first, second)
+    assert torch.equal(after, whole[2])
 
 
 def test_training_goes_on_bit_for_bit_and_refuses_another_recipe(tmp_path, monkeypatch):

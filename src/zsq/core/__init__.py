@@ -1,5 +1,6 @@
 """The words of the library."""
 
+from zsq.core.attention import Attention
 from zsq.core.bn import BNInput, channel_sums
 from zsq.core.errors import (
     CheckpointError,
@@ -22,6 +23,7 @@ from zsq.core.teacher import Landmarks, Teacher, View, look
 __all__ = [
     "ALWAYS",
     "FLOAT",
+    "Attention",
     "BNInput",
     "Batch",
     "Bits",

@@ -67,14 +67,19 @@ class Job:
     run: Run
     input_shape: tuple[int, int, int]
     """(C, H, W) of one image."""
-    pixel_range: tuple[float, float] = (-2.5, 2.5)
-    """The least and the largest value of a normalised pixel."""
+    pixel_box: tuple[tuple[float, float], ...] = ((-2.5, 2.5),)
+    """The least and the largest value of a normalised pixel in each channel; one pair may stand for all."""
 
     made: list[Batch] = field(default_factory=list)
     """What a synthesizer of a finite set has made so far, for objectives that look back."""
 
     def __post_init__(self) -> None:
         self.teacher.landmarks = self.student.meta.get("landmarks", self.teacher.landmarks)
+
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """The least and the largest value of a normalised pixel in any channel."""
+        return min(low for low, _ in self.pixel_box), max(high for _, high in self.pixel_box)
 
     @property
     def classes(self) -> int:
@@ -89,11 +94,12 @@ class Job:
         more: dict[str, Any] = {"labels": batch.labels}
         with self.run.autocast():
             if "student" in needs:
-                more["student"], seen = look(self.student, batch.images, needs - {"features"}, self.teacher.landmarks)
+                asked, marks = needs - {"features"}, self.teacher.landmarks
+                more["student"], seen = look(self.student, batch.images, asked, marks, batch.tokens)
                 more |= {f"student_{name}": value for name, value in seen.items()}
             if batch.logits is not None and not needs & _TEACHERS:
                 return View(batch.images, batch.logits, **more)
-            return self.teacher.view(batch.images, needs, **more)
+            return self.teacher.view(batch.images, needs, tokens=batch.tokens, **more)
 
 
 _TEACHERS = frozenset({"bn", "features", "branches", "maps", "attention"})
@@ -206,6 +212,8 @@ class Method(Recipe):
             words = {
                 "bn": "BatchNorm layers with running statistics",
                 "attention": "attention maps",
+                "tokens": "tokens of patches that can be left out",
+                "class_token": "a class token",
                 "features": "what a last layer reads",
                 "branches": "maps of convolutions",
                 "maps": "maps of convolutions",

@@ -26,25 +26,34 @@ class Batch:
     """The classes they were made for: indices (N,) or shares (N, K); None if they were made for none."""
     logits: Tensor | None = None
     """The teacher's logits (N, K) on them, where they are known."""
+    tokens: Tensor | None = None
+    """Which tokens of each image a transformer is to see, indices (N, k); None is all. Others may be blank."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
-        labels, logits = (None if each is None else each[index] for each in (self.labels, self.logits))
-        return Batch(self.images[index], labels, logits)
+        rest = (None if each is None else each[index] for each in (self.labels, self.logits, self.tokens))
+        return Batch(self.images[index], *rest)
 
     @staticmethod
     def join(batches: Sequence[Batch]) -> Batch:
-        """One batch of all images in order; labels and logits are kept if every batch has them, and of one kind."""
+        """One batch of all images in order; what else is known is kept if every batch knows it, and of one kind.
+
+        Raises:
+            RecipeError: if the images of one batch are to be seen by more tokens than those of another.
+        """
 
         def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
             present = [part for part in parts if part is not None]
             alike = len(present) == len(parts) and len({part.dim() for part in present}) == 1
             return torch.cat(present) if alike else None
 
+        if len({None if b.tokens is None else b.tokens.shape[1] for b in batches}) > 1:
+            raise RecipeError("batches of which each image keeps another number of tokens cannot be joined")
         images = torch.cat([batch.images for batch in batches])
-        return Batch(images, joined([b.labels for b in batches]), joined([b.logits for b in batches]))
+        known = [[getattr(b, name) for b in batches] for name in ("labels", "logits", "tokens")]
+        return Batch(images, *map(joined, known))
 
 
 class Source:
@@ -106,9 +115,10 @@ class Source:
         """Let the teacher judge every image of a finite set once, so that no later look needs it."""
         pool = self.take()
         if pool.logits is None:
+            parts = [pool[i : i + size] for i in range(0, len(pool), size)]
             with torch.no_grad(), self._job.run.autocast():
-                parts = [self._job.teacher.view(pool.images[i : i + size]).logits for i in range(0, len(pool), size)]
-            self._joined = replace(pool, logits=torch.cat(parts))
+                logits = [self._job.teacher.view(part.images, tokens=part.tokens).logits for part in parts]
+            self._joined = replace(pool, logits=torch.cat(logits))
 
     def _next(self) -> Batch | None:
         # A consumer may run under no_grad; making images needs gradients all the same.

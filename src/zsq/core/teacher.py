@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from zsq.core.attention import Attention, AttentionRecorder
 from zsq.core.bn import BNInput, BNRecorder
 from zsq.core.errors import MissingView, UnsupportedModel
 
-__all__ = ["Landmarks", "Teacher", "View", "look"]
+__all__ = ["Landmarks", "Teacher", "View", "look", "only_tokens"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Landmarks:
     """The last convolution whose output has more than one pixel."""
     branches: tuple[str, ...] = ()
     """What ends each residual branch, before its addition; in a network without, what ends each convolution."""
+    attention: int = 0
+    """How many products of attention there are."""
+    tokens: str = ""
+    """What makes the tokens (N, T, D) that enter the first transformer block: each may be left out from there on."""
+    prefix: int = 0
+    """How many of these tokens come before the patches: the class token, registers."""
+    grid: tuple[int, int] = (0, 0)
+    """Rows and columns of the patches, which are the other tokens, row by row."""
 
 
 class View:
@@ -43,6 +52,12 @@ class View:
         if name not in self._seen:
             raise MissingView(f"no {name} in this view: list it in the loss's `needs`, or give the images {name}")
         return self._seen[name]
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images (N, C, H, W) before they were moved for this look."""
+        pixels: Tensor = self._seen.get("pixels", self.images)
+        return pixels
 
     @property
     def labels(self) -> Tensor:
@@ -87,6 +102,12 @@ class View:
         inputs: list[BNInput] = self._get("bn")
         return inputs
 
+    @property
+    def attention(self) -> list[Attention]:
+        """What the products of attention computed, in the order in which they ran."""
+        products: list[Attention] = self._get("attention")
+        return products
+
 
 class Teacher:
     """A frozen copy of the full-precision network in eval mode, and a way to look into it.
@@ -102,28 +123,48 @@ class Teacher:
     def offers(self) -> frozenset[str]:
         """What can be seen: ``"bn"`` where BatchNorm has running statistics, and what is known at its landmarks."""
         marks = self.landmarks
-        shown = {"bn": self._batchnorms(), "features": marks.classifier, "branches": marks.branches}
-        return frozenset(name for name, found in {**shown, "maps": marks.convolution}.items() if found)
+        shown = {
+            "bn": self._batchnorms(),
+            "features": marks.classifier,
+            "branches": marks.branches,
+            "maps": marks.convolution,
+            "attention": marks.attention,
+            "tokens": marks.tokens,
+            "class_token": marks.tokens and marks.prefix,
+        }
+        return frozenset(name for name, found in shown.items() if found)
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
-    def view(self, images: Tensor, needs: frozenset[str] = frozenset(), **more: Any) -> View:
+    def view(
+        self,
+        images: Tensor,
+        needs: frozenset[str] = frozenset(),
+        *,
+        tokens: Tensor | None = None,
+        **more: Any,
+    ) -> View:
         """One forward pass of ``images`` (N, C, H, W), recording only what is in ``needs``; ``more`` is passed on.
 
+        ``tokens`` (N, k) are the tokens of each image that go on into the first transformer block; None is all.
+
         Raises:
-            UnsupportedModel: if BatchNorm inputs are asked for and no layer calls torch's ``batch_norm``.
+            UnsupportedModel: if BatchNorm inputs or attention are asked for and no layer calls torch's functions.
         """
-        if "bn" not in needs:
-            logits, seen = look(self.module, images, needs, self.landmarks)
-            return View(images, logits, **seen, **more)
-        with BNRecorder() as recorder:
-            logits, seen = look(self.module, images, needs, self.landmarks)
-        if not recorder.seen:
-            raise UnsupportedModel("no BatchNorm layer ran torch.nn.functional.batch_norm: its input cannot be seen")
-        return View(images, logits, bn=recorder.seen, **seen, **more)
+        recorders: dict[str, Any] = {"bn": BNRecorder(), "attention": AttentionRecorder(self.landmarks.prefix)}
+        recorders = {name: recorder for name, recorder in recorders.items() if name in needs}
+        with contextlib.ExitStack() as stack:
+            for recorder in recorders.values():
+                stack.enter_context(recorder)
+            logits, seen = look(self.module, images, needs, self.landmarks, tokens)
+        for name, recorder in recorders.items():
+            if not recorder.seen:
+                raise UnsupportedModel(_UNSEEN[name])
+            seen[name] = recorder.seen
+        return View(images, logits, **seen, **more)
 
     def changed(self, change: Callable[[nn.Module], nn.Module]) -> "Teacher":
         """A teacher made of a changed copy of the network; ``change`` may modify its argument."""
@@ -141,13 +182,49 @@ class Teacher:
         return [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
+_UNSEEN = {
+    "bn": "no BatchNorm layer ran torch.nn.functional.batch_norm: its input cannot be seen",
+    "attention": "no softmax of torch was the left operand of a product: attention cannot be seen",
+}
+
+
 def look(
-    network: nn.Module, images: Tensor, needs: frozenset[str], landmarks: Landmarks
+    network: nn.Module,
+    images: Tensor,
+    needs: frozenset[str],
+    landmarks: Landmarks,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The logits of ``network`` (N, K), and what ``needs`` asks for at its landmarks, as keywords of a view."""
-    with _watched(network, needs, landmarks) as seen:
+    """The logits of ``network`` (N, K), and what ``needs`` asks for at its landmarks, as keywords of a view.
+
+    ``tokens`` (N, k) are those of each image that go on into the first transformer block; None is all.
+    """
+    with _watched(network, needs, landmarks) as seen, only_tokens(network, landmarks.tokens, tokens):
         logits: Tensor = network(images)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), seen
+
+
+@contextlib.contextmanager
+def only_tokens(network: nn.Module, name: str, tokens: Tensor | None) -> Iterator[None]:
+    """A context in which the module ``name`` hands on ``tokens`` (N, k) alone of those it makes; None is all.
+
+    Raises:
+        UnsupportedModel: if tokens are to be left out of a network in which no module makes them.
+    """
+    if tokens is None:
+        yield
+        return
+    if not name:
+        raise UnsupportedModel("no module of this network makes tokens that can be left out")
+
+    def gather(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.gather(1, tokens[:, :, None].expand(-1, -1, output.shape[2]))
+
+    hook = network.get_submodule(name).register_forward_hook(gather)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from zsq.losses.distillation import BranchEnergies, CamAlignment, Distillation
 from zsq.losses.features import CentreDistance
+from zsq.losses.images import TotalVariation
 from zsq.losses.labels import CrossEntropy, EasyLabels, HardCrossEntropy, StudentCrossEntropy
 from zsq.losses.statistics import BNStatistics, ImageStatistics
 
@@ -16,4 +17,5 @@ __all__ = [
     "HardCrossEntropy",
     "ImageStatistics",
     "StudentCrossEntropy",
+    "TotalVariation",
 ]

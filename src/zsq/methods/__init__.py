@@ -10,7 +10,9 @@ from zsq.methods.genie import GENIE
 from zsq.methods.hast import HAST
 from zsq.methods.intraq import INTRAQ
 from zsq.methods.nearest import NEAREST
+from zsq.methods.psaq_vit import PSAQ_VIT
 from zsq.methods.qimera import QIMERA
+from zsq.methods.smi import SMI
 from zsq.methods.squant import SQUANT
 from zsq.methods.synq import SYNQ, synq
 from zsq.methods.zeroq import ZEROQ
@@ -29,6 +31,9 @@ METHODS: dict[str, Method] = {
         GENIE,
         HAST,
         SYNQ,
+        # noise optimisation, for vision transformers
+        PSAQ_VIT,
+        SMI,
         # generators
         GDFQ,
         QIMERA,

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from zsq.core.errors import UnsupportedModel
+from zsq.core.teacher import Landmarks, only_tokens
 from zsq.nets.blocks import Block, blocks, extract, mark_blocks
 from zsq.nets.landmarks import landmarks
 from zsq.nets.nodes import (
@@ -20,7 +22,7 @@ from zsq.nets.nodes import (
     preserves_value,
     producer,
 )
-from zsq.nets.simplify import Sizes, functionalize, simplify
+from zsq.nets.simplify import Sizes, functionalize, mark_shapes, simplify, some_tokens
 from zsq.nets.tracing import LayerTracer, Untraceable, is_layer, prepare
 
 __all__ = [
@@ -66,7 +68,8 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
     - ``"shape"``: of its tensor, for ``example``; missing where the value is no tensor;
     - ``"block"``: what ``blocks`` reads;
 
-    and in ``graph.meta["landmarks"]`` where to look for features and maps.
+    and in ``graph.meta["landmarks"]`` where to look for features, maps and attention. Where they name tokens, their
+    number is free too: the graph runs on those that are left behind a hook on that module.
 
     Raises:
         UnsupportedModel: if ``model`` does not return one tensor, or the graph does not compute what ``model`` does.
@@ -75,16 +78,14 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
     one = example[:1].detach().clone()
     batches = one, torch.cat([one, one.flip(-1)])
     nodes, network, untraced = _trace(prepare(copy.deepcopy(original)), batches)
-    graph = simplify(nodes, network, batches)
-    graph.meta["untraced"] = untraced
+    graph = simplify(nodes, network, batches, untraced)
     for batch in batches:
         _verify(graph, original, batch)
     sizes = Sizes(graph)
     sizes.run(example)
-    for node, shape in sizes.shapes.items():
-        node.meta["shape"] = shape
+    mark_shapes(sizes)
     mark_blocks(graph, network)
-    graph.meta["landmarks"] = landmarks(graph)
+    graph.meta["landmarks"] = _droppable(landmarks(graph), graph, original, batches[1])
     return graph.eval()
 
 
@@ -108,11 +109,24 @@ def _trace(network: nn.Module, batches: tuple[Tensor, Tensor]) -> tuple[fx.Graph
             untraced[name] = failure.reason
 
 
-def _verify(graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> None:
-    largest, difference = _difference(graph, model, batch)
+def _droppable(marks: Landmarks, graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> Landmarks:
+    """``marks`` without tokens, if the network or its graph cannot run on some of them."""
+    if marks.tokens:
+        try:
+            _verify(graph, model, batch, marks.tokens, some_tokens(marks, batch, 3))
+        except Exception:  # a network that needs all of its tokens can raise anything
+            return replace(marks, tokens="")
+    return marks
+
+
+def _verify(
+    graph: fx.GraphModule, model: nn.Module, batch: Tensor, name: str = "", tokens: Tensor | None = None
+) -> None:
+    largest, difference = _difference(graph, model, batch, name, tokens)
     if _TOLERANCE * largest < difference < _ROUNDING * largest:
         # A deep network can blow up the rounding of sums in another order, as of attention that was fused.
-        largest, difference = _difference(copy.deepcopy(graph).double(), copy.deepcopy(model).double(), batch.double())
+        exact = copy.deepcopy(graph).double(), copy.deepcopy(model).double(), batch.double()
+        largest, difference = _difference(*exact, name, tokens)
     if not difference <= _TOLERANCE * largest:  # also where either is not a number
         raise UnsupportedModel(
             f"the graph of {type(model).__name__} at batch size {len(batch)} is off by {difference:.3g} of "
@@ -120,9 +134,11 @@ def _verify(graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> None:
         )
 
 
-def _difference(graph: fx.GraphModule, model: nn.Module, batch: Tensor) -> tuple[float, float]:
-    """The largest output of ``model`` and the largest difference from it."""
-    with torch.no_grad():
+def _difference(
+    graph: fx.GraphModule, model: nn.Module, batch: Tensor, name: str, tokens: Tensor | None
+) -> tuple[float, float]:
+    """The largest output of ``model`` and the largest difference from it; ``tokens`` are those that ``name`` keeps."""
+    with torch.no_grad(), only_tokens(model, name, tokens), only_tokens(graph, name, tokens):
         expected, found = model(batch.clone()), graph(batch)  # the model may write into its input
     if not isinstance(expected, Tensor):
         raise UnsupportedModel(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from zsq import zoo
+from zsq.compat import import_timm, import_torchvision
 from zsq.core.errors import CheckpointError, MissingExtra, RecipeError, UnsupportedModel
-from zsq.nets.compat import import_timm, import_torchvision
 
 __all__ = ["Network", "check_network", "load_network", "read_checkpoint"]
 

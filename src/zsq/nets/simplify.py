@@ -1,5 +1,6 @@
 """What a traced graph is rid of: checks, in-place writing, sizes that are always the same, and what nobody reads."""
 
+import contextlib
 import inspect
 from functools import partial
 from types import FunctionType
@@ -9,13 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from zsq.core.teacher import Landmarks, only_tokens
+from zsq.nets.landmarks import landmarks
 from zsq.nets.tracing import Untraceable
 
-__all__ = ["Sizes", "functionalize", "simplify"]
+__all__ = ["Sizes", "functionalize", "mark_shapes", "simplify", "some_tokens"]
 
 
-def simplify(nodes: fx.Graph, network: nn.Module, batches: tuple[Tensor, Tensor]) -> fx.GraphModule:
-    """The module that runs ``nodes``, traced from ``network``; ``batches`` are images, of two different numbers."""
+def simplify(
+    nodes: fx.Graph, network: nn.Module, batches: tuple[Tensor, Tensor], untraced: dict[str, str]
+) -> fx.GraphModule:
+    """The module that runs ``nodes``, traced from ``network``; ``batches`` are images, of two different numbers.
+
+    ``untraced`` becomes its meta of that name.
+    """
     for node in list(nodes.nodes):
         node.meta.pop(
             "is_wrapped", None
@@ -23,14 +31,35 @@ def simplify(nodes: fx.Graph, network: nn.Module, batches: tuple[Tensor, Tensor]
         if node.op == "call_function" and node.target is torch._assert:
             nodes.erase_node(node)  # a check on sizes, which are those of the example from here on
     graph = fx.GraphModule(network, nodes, class_name=type(network).__name__)
+    graph.meta["untraced"] = untraced
     runs = [Sizes(graph), Sizes(graph)]
     for run, batch in zip(runs, batches, strict=True):
         run.run(batch)
-    _write_sizes(graph, runs[0], runs[1])
+    mark_shapes(runs[1])
+    marks = landmarks(graph)
+    if marks.tokens:
+        fewer = Sizes(graph)
+        with contextlib.suppress(Exception), only_tokens(graph, marks.tokens, some_tokens(marks, batches[1], 2)):
+            fewer.run(batches[1])  # where this fails, as windows do, tokens cannot be left out
+            runs.append(fewer)
+    _write_sizes(graph, runs)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     graph.delete_all_unused_submodules()
     return graph
+
+
+def some_tokens(marks: Landmarks, batch: Tensor, step: int) -> Tensor:
+    """The prefix and each ``step``-th patch from the last one backwards, of each image in ``batch``: (N, k)."""
+    count = marks.prefix + marks.grid[0] * marks.grid[1]
+    kept = [*range(marks.prefix), *range(count - 1, marks.prefix - 1, -step)]
+    return torch.tensor(kept, device=batch.device).expand(len(batch), -1)
+
+
+def mark_shapes(run: "Sizes") -> None:
+    """Writes into the nodes of a graph the shapes that their tensors had in ``run``."""
+    for node, shape in run.shapes.items():
+        node.meta["shape"] = shape
 
 
 class Sizes(fx.Interpreter):
@@ -56,24 +85,25 @@ class Sizes(fx.Interpreter):
         return value
 
 
-def _write_sizes(graph: fx.GraphModule, one: Sizes, other: Sizes) -> None:
-    """Writes a number into the nodes that read it, or takes it from their first input if it depends on the batch.
+def _write_sizes(graph: fx.GraphModule, runs: list[Sizes]) -> None:
+    """Writes a number into the nodes that read it, or takes it from their first input if the runs differ in it.
 
-    A size that is read once and used in module after module would tie all of them into one block.
+    It differs where it depends on the number of images, or of tokens. A size that is read once and used in module
+    after module would tie all of them into one block.
     """
     for node in list(graph.graph.nodes):
         source = node.all_input_nodes[0] if node.all_input_nodes else node
-        dims = list(zip(one.shapes.get(source, ()), other.shapes.get(source, ()), strict=True))
+        dims = list(zip(*(run.shapes.get(source, ()) for run in runs), strict=True))
         known: dict[fx.Node, Any] = {}
         for number in node.all_input_nodes:
-            pair = one.numbers.get(number), other.numbers.get(number)
-            if None in pair:
+            values = tuple(run.numbers.get(number) for run in runs)
+            if None in values:
                 continue
-            if pair[0] == pair[1]:
-                known[number] = pair[0]
-            elif pair in dims:
+            if len(set(values)) == 1:
+                known[number] = values[0]
+            elif values in dims:
                 with graph.graph.inserting_before(node):
-                    known[number] = graph.graph.call_method("size", (source, dims.index(pair)))
+                    known[number] = graph.graph.call_method("size", (source, dims.index(values)))
                 known[number].meta["module_path"] = node.meta["module_path"]
         if known:
             node.args = fx.node.map_arg(node.args, partial(_replaced, known))

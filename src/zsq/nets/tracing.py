@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from zsq.core.attention import attend
 from zsq.nets.clip import ChannelClip
 
 __all__ = ["LAYERS", "LAYER_FUNCTIONS", "Layer", "LayerTracer", "Untraceable", "asks_size", "is_layer", "prepare"]
@@ -83,33 +84,12 @@ def _after_norm(norm: nn.Module) -> list[nn.Module]:
     return [child for name in ("drop", "act") if isinstance(child := getattr(norm, name, None), nn.Module)]
 
 
-def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,  # the order of F.scaled_dot_product_attention, which does not drop in eval mode
-    is_causal: bool = False,
-    scale: Any = None,
-) -> tuple[Any, Any]:
-    """softmax(q k^T / sqrt(D)) v as separate products, (N, heads, T, D), and the softmax (N, heads, T, T)."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query * scale) @ key.transpose(-2, -1)
-    if is_causal:
-        attn_mask = torch.ones(int(query.shape[-2]), int(key.shape[-2]), dtype=torch.bool).tril()
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(attn_mask.logical_not(), float("-inf")) if boolean else scores + attn_mask
-    weights = torch.softmax(scores, -1)
-    return weights @ value, weights
-
-
 def _self_attention(layer: nn.MultiheadAttention, x: Any, need_weights: bool, average: bool) -> tuple[Any, Any]:
     """``layer(x, x, x)`` as linears and products: (N, T, D), or (T, N, D) as the layer says, and its weights."""
     x = x if layer.batch_first else x.transpose(0, 1)
     project: Any = layer.in_proj  # put there by `prepare`
     qkv = project(x).unflatten(-1, (3, layer.num_heads, layer.head_dim)).permute(2, 0, 3, 1, 4)
-    values, weights = _attention(qkv[0], qkv[1], qkv[2])
+    values, weights = attend(qkv[0], qkv[1], qkv[2])
     out = layer.out_proj(values.transpose(1, 2).flatten(2))
     out = out if layer.batch_first else out.transpose(0, 1)
     return out, (weights.mean(1) if average else weights) if need_weights else None
@@ -222,7 +202,7 @@ class LayerTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         """Takes fused attention apart, and calls the linears whose weights a function was given."""
         if target is F.scaled_dot_product_attention and not kwargs.get("enable_gqa"):
-            return _attention(*args, **{name: value for name, value in kwargs.items() if name != "enable_gqa"})[0]
+            return attend(*args, **{name: value for name, value in kwargs.items() if name != "enable_gqa"})[0]
         if target is F.multi_head_attention_forward:
             raise TraceError("attention with a mask, or with a key other than its query, is one piece in torch")
         if target is F.linear and (layer := self._layer_behind(*args, **kwargs)) is not None:

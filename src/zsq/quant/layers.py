@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from zsq.core import FLOAT, Job, Recipe, Source, check_counts
+from zsq.core import FLOAT, Job, Recipe, Source, check_counts, look
 from zsq.nets.folding import fold_batchnorms
 from zsq.nets.graph import hidden_layers, layers
 from zsq.nets.tracing import LAYERS
@@ -90,7 +90,10 @@ class InsertFakeQuant(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Recipe):
-    """Set activation ranges from images."""
+    """Set activation ranges from images.
+
+    Of an image that is to be seen by some of its tokens, a transformer sees those alone.
+    """
 
     range: Range = MinMax()
     """How the range of a batch is found; later batches widen it."""
@@ -115,7 +118,7 @@ class Calibrate(Recipe):
         seeing = float_mode(job.student) if self.inputs == "float" else contextlib.nullcontext()
         with torch.no_grad(), seeing:
             for batch in source.batches(self.batch_size, self.samples):
-                job.student(batch.images)
+                look(job.student, batch.images, frozenset(), job.teacher.landmarks, batch.tokens)
         for quantizer in quantizers.values():
             quantizer.observe(None)  # one on a branch that no image took stays float, and is reported
 

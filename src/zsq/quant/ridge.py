@@ -52,7 +52,7 @@ class RidgeCorrection(Recipe):
         ridges = {}
         for batch in source.batches(self.batch_size, self.samples):
             with torch.no_grad(), float_mode(graph):
-                _, seen = values_of(graph, inputs.values(), batch.images)
+                _, seen = values_of(graph, inputs.values(), batch, job.teacher.landmarks)
             for node, quantizer in reading.items():
                 x, name = seen[inputs[node]], str(node.target)
                 ridges[name] = self.ridge if x.dim() > 2 else self.ridge_features

@@ -1,13 +1,13 @@
 """SearchRanges: the scales of each layer that change its output least."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from zsq.core import Job, Recipe, RecipeError, Source, check_counts
+from zsq.core import Batch, Job, Landmarks, Recipe, RecipeError, Source, check_counts
 from zsq.nets.graph import layers, matmuls, module_of
 from zsq.nets.tracing import perform
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer, float_mode, weight_quantizer, weight_quantizers
@@ -54,7 +54,7 @@ class SearchRanges(Recipe):
         fixed = [name for name, (_, each) in weight_quantizers(graph).items() if not isinstance(each.rounding, nearest)]
         if fixed:
             raise RecipeError(f"SearchRanges moves the scales of weights rounded to nearest, and {fixed[0]} is not")
-        sites = _sites(graph, source.take(self.samples).images, self.guide)
+        sites = _sites(graph, source.take(self.samples), job.teacher.landmarks, self.guide)
         factors = torch.linspace(self.narrowest, self.widest, self.candidates, device=job.run.device)
         readers: dict[ActivationQuantizer, list[_Site]] = {}
         for site in sites:
@@ -101,17 +101,18 @@ class _Site:
         return error.movedim(axis, 0).flatten(1).square().sum(1)
 
 
-def _sites(graph: fx.GraphModule, images: Tensor, guide: str) -> list[_Site]:
+def _sites(graph: fx.GraphModule, batch: Batch, landmarks: Landmarks, guide: str) -> list[_Site]:
     """The layers and products that read anything quantized, in the order in which they run."""
     every = {*layers(graph), *(product.node for product in matmuls(graph))}
     nodes = [node for node in graph.graph.nodes if node in every]
     wanted = {*nodes, *(each for node in nodes for each in node.all_input_nodes)}
     with torch.no_grad(), float_mode(graph):
-        exact, values = values_of(graph, wanted, images)
+        exact, values = values_of(graph, wanted, batch, landmarks)
     gradients: dict[fx.Node, Tensor] = {}
     if guide == "gradient":
         with torch.enable_grad():
-            found, made = values_of(graph, nodes, images.detach().clone().requires_grad_())
+            leaf = replace(batch, images=batch.images.detach().clone().requires_grad_())
+            found, made = values_of(graph, nodes, leaf, landmarks)
             loss = F.kl_div(F.log_softmax(found, 1), F.softmax(exact, 1), reduction="batchmean")
             gradients = dict(zip(nodes, torch.autograd.grad(loss, [made[node] for node in nodes]), strict=True))
     sites = [

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from zsq.core import Batch, Landmarks
+from zsq.core.teacher import only_tokens
 from zsq.nets.graph import module_of
 from zsq.quant.placement import made_by
 from zsq.quant.quantizers import ActivationQuantizer
@@ -25,10 +27,13 @@ class _Watcher(fx.Interpreter):
         return value
 
 
-def values_of(graph: fx.GraphModule, wanted: Iterable[fx.Node], images: Tensor) -> tuple[Tensor, dict[fx.Node, Tensor]]:
-    """The logits (N, K) of ``images`` (N, C, H, W), and the values of the nodes in ``wanted``."""
+def values_of(
+    graph: fx.GraphModule, wanted: Iterable[fx.Node], batch: Batch, landmarks: Landmarks
+) -> tuple[Tensor, dict[fx.Node, Tensor]]:
+    """The logits (N, K) of ``batch``, of the tokens that it says, and the values of the nodes in ``wanted``."""
     watcher = _Watcher(graph, frozenset(wanted))
-    logits: Tensor = watcher.run(images)
+    with only_tokens(graph, landmarks.tokens, batch.tokens):
+        logits: Tensor = watcher.run(batch.images)
     return logits, watcher.seen
 
 

@@ -1,7 +1,7 @@
 """Ways to make images."""
 
 from zsq.synthesis.generator import TrainGenerator
-from zsq.synthesis.images import Noise, OptimizeImages, Plateau
+from zsq.synthesis.images import Noise, OptimizeImages, Plateau, WarmUpCosine
 from zsq.synthesis.latents import Change, OptimizeLatents
 from zsq.synthesis.networks import (
     ConditionalTrunk,
@@ -10,7 +10,15 @@ from zsq.synthesis.networks import (
     PlainNoise,
     UpsampleGenerator,
 )
-from zsq.synthesis.sampling import CropAndFlip, GaussianPixels, LowPass, ShiftAndFlip, UniformLabels, UniformPixels
+from zsq.synthesis.sampling import (
+    CropAndFlip,
+    GaussianPixels,
+    InTurn,
+    LowPass,
+    ShiftAndFlip,
+    UniformLabels,
+    UniformPixels,
+)
 
 __all__ = [
     "Change",
@@ -18,6 +26,7 @@ __all__ = [
     "ConvTrunk",
     "CropAndFlip",
     "GaussianPixels",
+    "InTurn",
     "LabelTimesNoise",
     "LowPass",
     "Noise",
@@ -30,4 +39,5 @@ __all__ = [
     "UniformLabels",
     "UniformPixels",
     "UpsampleGenerator",
+    "WarmUpCosine",
 ]

@@ -70,7 +70,7 @@ class OptimizeLatents(Recipe):
             generator = self.generator.build(job.input_shape).to(job.run.device)
         drive_latents = Adam([latents], lr=self.lr_latents)
         drive_generator = Adam(generator.parameters(), lr=self.lr_generator)
-        plateau = self.schedule.build(drive_latents)
+        plateau = self.schedule.build(drive_latents, self.steps)
         decay = StepLR(drive_generator, self.decay_every, self.decay)
         objective, seen = start(self.loss, job), needs(self.loss)
         images = torch.empty(0)
@@ -83,7 +83,7 @@ class OptimizeLatents(Recipe):
             loss.backward()
             drive_latents.step()
             drive_generator.step()
-            plateau.step(loss.item())
+            plateau(loss.item())
             decay.step()
             if step % 100 == 0 or step + 1 == self.steps:
                 job.run.log("synthesize", step, loss=loss.item())

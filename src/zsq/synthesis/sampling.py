@@ -1,14 +1,24 @@
 """What images start from: label samplers, first pixels; and what is done to an image before it is looked at."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zsq.core import Recipe, RecipeError, check_positive
+from zsq.core import Recipe, RecipeError, Transform, check_positive
 
-__all__ = ["CropAndFlip", "GaussianPixels", "LowPass", "ShiftAndFlip", "UniformLabels", "UniformPixels"]
+__all__ = [
+    "CropAndFlip",
+    "GaussianPixels",
+    "InTurn",
+    "LowPass",
+    "Shift",
+    "ShiftAndFlip",
+    "UniformLabels",
+    "UniformPixels",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +61,58 @@ class UniformPixels(Recipe):
         return torch.rand(shape, generator=rng) * (self.high - self.low) + self.low
 
 
+class Shift(NamedTuple):
+    """How a batch is moved: rolled by so many pixels, then mirrored left to right or not."""
+
+    down: int
+    right: int
+    mirrored: bool
+
+    def move(self, images: Tensor) -> Tensor:
+        """``images`` (N, C, H, W), all moved alike."""
+        moved = images.roll((self.down, self.right), (2, 3))
+        return moved.flip(3) if self.mirrored else moved
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShiftAndFlip(Recipe):
-    """Roll the batch by up to ``limit`` pixels in both directions and mirror it half of the time."""
+    """Roll the batch by a few pixels up or down and left or right, and mirror it half of the time."""
 
-    limit: int = 4
-    """Largest shift in pixels."""
+    limit: float = 1 / 8
+    """Largest shift as a share of the side, so that it means the same at every size."""
+    diagonal: bool = False
+    """Shift both ways by the same number of pixels."""
     flip: bool = True
     """Mirror left to right with probability one half."""
 
     def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise RecipeError(f"a shift cannot be negative, got limit {self.limit}")
+        if not 0 <= self.limit <= 1:
+            raise RecipeError(f"a shift is a share of the side from 0 to 1, got limit {self.limit}")
+
+    def draw(self, images: Tensor, rng: torch.Generator) -> Shift:
+        """The move of one look at ``images`` (N, C, H, W)."""
+        limits = [round(self.limit * side) for side in images.shape[2:]]
+        if self.diagonal:
+            limits = [min(limits)]
+        offsets = [int(torch.randint(-each, each + 1, (1,), generator=rng)) for each in limits]
+        mirrored = self.flip and torch.rand(1, generator=rng).item() < 0.5
+        return Shift(offsets[0], offsets[-1], mirrored)
 
     def move(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """``images`` (N, C, H, W), all moved alike."""
-        down, right = torch.randint(-self.limit, self.limit + 1, (2,), generator=rng).tolist()
-        moved = images.roll((down, right), (2, 3))
-        return moved.flip(3) if self.flip and torch.rand(1, generator=rng).item() < 0.5 else moved
+        return self.draw(images, rng).move(images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InTurn(Recipe):
+    """One transform for the first half of the steps, another for the second."""
+
+    first: Transform
+    second: Transform
+
+    def at(self, progress: float) -> Transform:
+        """The transform when this share of the steps is done."""
+        return self.first if progress < 0.5 else self.second
 
 
 @dataclass(frozen=True, kw_only=True)

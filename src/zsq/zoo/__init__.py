@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.core.errors import CheckpointError, UnsupportedModel
-from zsq.zoo.networks import MobileNetV2, ResNet
+from zsq.zoo.networks import MobileNetV2, ResNet, vision_transformer
 from zsq.zoo.pytorchcv import from_pytorchcv
 
 __all__ = ["MODELS", "Entry", "entry", "load_weights", "parameters", "top1"]
@@ -38,6 +38,8 @@ class Entry:
     """What it was trained on, in one line."""
     class_names: tuple[str, ...]
     """In the order of the logits."""
+    half: bool = False
+    """Whether its file holds float16, to be half as large; the network computes as float32."""
     rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     """From the key names of another library's checkpoints, where one has this network."""
 
@@ -78,6 +80,16 @@ MODELS: dict[str, Entry] = {
             data="CIFAR-10, 32x32 colour, as JPEG of quality 75",
             class_names=_CIFAR10,
         ),
+        Entry(
+            name="vit-cifar10",
+            build=partial(vision_transformer, size=32, patch=4, width=192, depth=6, heads=3, classes=10),
+            input_shape=(3, 32, 32),
+            mean=_CIFAR10_MEAN,
+            std=_CIFAR10_STD,
+            data="CIFAR-10, 32x32 colour, as JPEG of quality 75",
+            class_names=_CIFAR10,
+            half=True,
+        ),
     )
 }
 
@@ -111,17 +123,21 @@ def load_weights(name: str) -> nn.Module:
 
 
 def parameters(name: str) -> int:
-    """The number of parameters of the shipped network of this name.
+    """The number of parameters of the shipped network of this name, as its model card states it.
 
     >>> parameters("digits-resnet")
     17462
     """
-    with torch.random.fork_rng(devices=[]):
-        return sum(parameter.numel() for parameter in entry(name).build().parameters())
+    stated = re.search(r"([\d,]+) parameters", _card(name))
+    assert stated is not None, f"the card of {name} does not say how large it is"
+    return int(stated[1].replace(",", ""))
 
 
 def top1(name: str) -> float | None:
     """The top-1 accuracy in percent that the model card states; None if it states none."""
-    card = (resources.files("zsq.zoo") / "cards" / f"{entry(name).name}.md").read_text()
-    stated = re.search(r"^\| Top-1 \| ([\d.]+) %", card, re.MULTILINE)
+    stated = re.search(r"^\| Top-1 \| ([\d.]+) %", _card(name), re.MULTILINE)
     return float(stated[1]) if stated else None
+
+
+def _card(name: str) -> str:
+    return (resources.files("zsq.zoo") / "cards" / f"{entry(name).name}.md").read_text()

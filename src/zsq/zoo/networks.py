@@ -1,8 +1,10 @@
-"""The architectures of the shipped networks: small, plain torch, no dependency beyond it."""
+"""The architectures of the shipped networks: small, plain torch; the transformer is timm's."""
 
 from torch import Tensor, nn
 
-__all__ = ["MobileNetV2", "ResNet"]
+from zsq.compat import import_timm
+
+__all__ = ["MobileNetV2", "ResNet", "vision_transformer"]
 
 
 def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -97,3 +99,15 @@ class MobileNetV2(nn.Module):
         """``x`` as the class says."""
         logits: Tensor = self.head(self.pool(self.last(self.blocks(self.stem(x)))).flatten(1))
         return logits
+
+
+def vision_transformer(size: int, patch: int, width: int, depth: int, heads: int, classes: int) -> nn.Module:
+    """timm's ViT (Dosovitskiy et al. 2021) with a class token: images (N, 3, ``size``, ``size``) to logits (N, K).
+
+    Raises:
+        MissingExtra: if timm is not installed.
+    """
+    vit: nn.Module = import_timm().models.VisionTransformer(
+        img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=classes
+    )
+    return vit

@@ -5,6 +5,7 @@ command goes on from there, bit for bit: every random draw is seeded by the reci
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from zsq.allocator import keep_freed_memory
 from zsq.core.errors import RunError
@@ -29,17 +31,21 @@ __all__ = ["RECIPES", "TrainingRecipe", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
-    """SGD with Nesterov momentum and a one-cycle learning rate on shifted, mirrored images."""
+    """A one-cycle learning rate on shifted, mirrored images."""
 
     epochs: int
     lr: float
     """At the peak."""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """SGD with Nesterov momentum; or Muon, which steps along orthogonal matrices, for the matrices inside of blocks
+    and AdamW for all other parameters (Jordan et al. 2024, scaled to the steps of AdamW as by Liu et al. 2025)."""
     batch_size: int = 128
     momentum: float = 0.9
     warmup: float = 0.15
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = 5e-4
-    """On weights only: biases and BN parameters, all of one dimension, keep their size."""
+    """On weights only: biases and normalisation parameters, all of one dimension, keep their size; with Muon, on what
+    Muon steps only."""
     shift: int = 4
     """Each image moves by up to this many pixels each way ..."""
     padding: Literal["reflect", "constant"] = "reflect"
@@ -50,6 +56,10 @@ class TrainingRecipe:
     """A shipped network whose logits are half of the target."""
     temperature: float = 4.0
     """Softening of both networks' logits, where there is a teacher."""
+    sparse_epochs: int = 0
+    """In so many first epochs a vision transformer sees half of the patches of an image, drawn anew for each step."""
+    bfloat16: bool = False
+    """Whether layers compute in bfloat16, beside float32 parameters."""
     seed: int = 0
 
 
@@ -57,6 +67,16 @@ RECIPES = {
     "digits-resnet": TrainingRecipe(epochs=60, lr=0.2, shift=1, padding="constant", flip=False),
     "resnet20-cifar10": TrainingRecipe(epochs=40, lr=0.2),
     "mobilenetv2-cifar10": TrainingRecipe(epochs=36, lr=0.15, teacher="resnet20-cifar10"),
+    "vit-cifar10": TrainingRecipe(
+        epochs=28,
+        lr=2e-3,
+        optimizer="muon",
+        momentum=0.95,
+        weight_decay=0.05,
+        teacher="resnet20-cifar10",
+        sparse_epochs=21,
+        bfloat16=True,
+    ),
 }
 
 
@@ -107,6 +127,43 @@ def training_loss(logits: Tensor, labels: Tensor, target: Tensor | None, tempera
     return 0.5 * loss + 0.5 * temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
+def build_optimizers(network: nn.Module, recipe: TrainingRecipe) -> list[Optimizer]:
+    """What steps the parameters of ``network``, each of them once."""
+    named = dict(network.named_parameters())
+    if recipe.optimizer == "sgd":
+        decayed = [p for p in named.values() if p.ndim > 1]
+        kept = [p for p in named.values() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept}]
+        return [SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=True)]
+    inner = {name for name, p in named.items() if p.ndim == 2 and name.startswith("blocks.")}
+    matrices = [named[name] for name in named if name in inner]
+    muon = Muon(
+        matrices,
+        recipe.lr,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, AdamW([p for name, p in named.items() if name not in inner], recipe.lr, weight_decay=0.0)]
+
+
+@contextlib.contextmanager
+def half_of_the_patches(network: nn.Module, rng: torch.Generator) -> Iterator[None]:
+    """A context in which timm's ``network`` works on half of the patches of each image, drawn from ``rng``."""
+
+    def drop(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> Tensor:
+        tokens = inputs[0]  # (N, 1 + T, D): the class token first
+        order = torch.rand(len(tokens), tokens.shape[1] - 1, generator=rng).argsort(1)
+        kept = F.pad(order[:, : order.shape[1] // 2] + 1, (1, 0))
+        return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+
+    hook = network.get_submodule("patch_drop").register_forward_hook(drop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def train(model: Entry, recipe: TrainingRecipe, images: Images, test: Images, out: Path) -> tuple[nn.Module, Accuracy]:
     """The trained network and its accuracy; goes on from ``out/checkpoint.pt`` where there is one.
 
@@ -117,10 +174,10 @@ def train(model: Entry, recipe: TrainingRecipe, images: Images, test: Images, ou
         torch.manual_seed(recipe.seed)
         network = _channels_last(model.build())
     teacher = None if recipe.teacher is None else _channels_last(load_weights(recipe.teacher))
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    kept = [p for p in network.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept}]
-    optimizer = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=True)
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):  # on CPUs the backward of the fused kernel takes as long as all the rest
+            module.fused_attn = False  # type: ignore[assignment]  # timm's switch, no Tensor
+    optimizers = build_optimizers(network, recipe)
     out.mkdir(parents=True, exist_ok=True)
     made_by = {"network": model.name, **asdict(recipe)}
     first, file = 0, out / "checkpoint.pt"
@@ -129,26 +186,39 @@ def train(model: Entry, recipe: TrainingRecipe, images: Images, test: Images, ou
         if checkpoint["made_by"] != made_by:
             raise RunError(f"{file} was made by {checkpoint['made_by']}, this is {made_by}: choose another --out")
         network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         first = checkpoint["epochs"]
 
     steps = len(images) // recipe.batch_size
     for epoch in range(first, recipe.epochs):
         start, total = time.perf_counter(), 0.0
         network.train()
-        rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)  # a stream of its own for each epoch
+        stream = recipe.seed * 1_000_003 + epoch  # one of its own for each epoch
+        rng = torch.Generator().manual_seed(stream)
         for step, (x, labels) in enumerate(batches(images, model, recipe, rng)):
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate(recipe, (epoch + (step + 1) / steps) / recipe.epochs)
-            with torch.no_grad():
-                target = None if teacher is None else teacher(x)
-            loss = training_loss(network(x), labels, target, recipe.temperature)
-            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+                with torch.no_grad():
+                    target = None if teacher is None else teacher(x).float()
+                if epoch < recipe.sparse_epochs:
+                    with half_of_the_patches(network, rng):
+                        logits = network(x)
+                else:
+                    logits = network(x)
+            loss = training_loss(logits.float(), labels, target, recipe.temperature)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             total += loss.item()
-        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        _replace(file, {"made_by": made_by, "epochs": epoch + 1, **state})
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        _replace(
+            file,
+            {"made_by": made_by, "epochs": epoch + 1, "network": network.state_dict(), "optimizers": states},
+        )
         line = f"epoch {epoch + 1:3d}/{recipe.epochs}  loss {total / steps:.4f}"
         if (epoch + 1) % 5 == 0:
             line += f"  test top-1 {evaluate(network, test, mean=model.mean, std=model.std).top1:.2f} %"
@@ -187,6 +257,10 @@ def main() -> None:
     test = read_images(args.test, model.input_shape)
     network, accuracy = train(model, recipe, images, test, args.out)
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    if model.half:
+        state = {key: value.half() for key, value in state.items()}
+        network.load_state_dict(state)
+        accuracy = evaluate(network, test, mean=model.mean, std=model.std)
     (args.out / f"{model.name}.safetensors").write_bytes(safetensors.torch.save(state))
     numbers = {
         "name": model.name,
