@@ -96,7 +96,7 @@ def test_methods(capsys: pytest.CaptureFixture[str]):
     controls, plugins = lines.index("controls"), lines.index("plug-ins, written NAME+HOST")
     assert [line.split()[0] for line in lines[controls + 1 : plugins - 1]] == ["nearest"]
     assert lines[plugins + 1 :] == [
-        "synq  on zeroq, intraq, genie, hast, gdfq, qimera, ait",
+        "synq  on zeroq, intraq, genie, hast, psaq-vit, smi, gdfq, qimera, ait",
         "ait   on intraq, hast, synq, gdfq, qimera",
     ]
 

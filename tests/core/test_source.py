@@ -167,6 +167,17 @@ def test_a_part_of_a_batch_keeps_labels_and_logits():
     assert Batch(images)[:1] == Batch(images[:1])
 
 
+def test_tokens_stay_with_their_images():
+    images, tokens = torch.arange(4.0).view(4, 1, 1, 1), torch.tensor([[0, 1], [0, 2], [0, 3], [0, 4]])
+    batch = Batch(images, tokens=tokens)
+    assert batch[torch.tensor([2, 0])].tokens.tolist() == [[0, 3], [0, 1]]
+    assert Batch.join([batch[:1], batch[1:]]).tokens.tolist() == tokens.tolist()
+    assert Batch.join([Batch(images), Batch(images)]).tokens is None
+    for other in (Batch(images), Batch(images, tokens=tokens[:, :1])):
+        with pytest.raises(RecipeError, match="each image keeps another number of tokens cannot be joined"):
+            Batch.join([batch, other])
+
+
 @dataclass
 class Watching:
     """A teacher whose logits are the pixel and its double, and who counts."""

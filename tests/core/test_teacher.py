@@ -112,6 +112,34 @@ def test_a_network_offers_what_it_has(cnn, plain):
     assert Teacher(forgetful).offers == frozenset()
 
 
+def test_a_transformer_offers_its_attention_and_its_tokens(job_for):
+    offers = job_for(tiny.vit()).teacher.offers
+    assert offers >= {"attention", "tokens", "class_token"}
+    assert "bn" not in offers
+    assert not job_for(tiny.cnn()).teacher.offers & {"attention", "tokens", "class_token"}
+
+
+def test_tokens_that_are_left_out_have_no_say(job_for, photos):
+    job = job_for(tiny.vit())
+    marks, tokens = job.teacher.landmarks, torch.tensor([[0, 3, 9]]).expand(16, -1)
+    assert (marks.tokens, marks.prefix, marks.grid) == ("drop", 1, (4, 4))
+    images = photos.clone().requires_grad_()
+    view = job.teacher.view(images, frozenset({"attention"}), tokens=tokens)
+    view.logits.square().sum().backward()
+    assert [layer.probabilities.shape for layer in view.attention] == [(16, 2, 3, 3)] * 2
+    seen = images.grad.abs().sum((0, 1)).unflatten(0, (4, 2)).unflatten(2, (4, 2)).sum((1, 3)) > 0
+    assert seen.flatten().nonzero().flatten().tolist() == [2, 8]  # the class token comes before the patches
+    assert hooks(job.teacher.module) == 0
+    found, _ = look(job.student, photos, frozenset(), marks, tokens)
+    assert_close(found, view.logits)
+    assert_close(job.view(Batch(photos, tokens=tokens), frozenset({"student"})).student, view.logits)
+
+
+def test_tokens_of_a_network_without_are_an_error_in_words(cnn, photos):
+    with pytest.raises(UnsupportedModel, match="no module of this network makes tokens that can be left out"):
+        Teacher(cnn).view(photos, tokens=torch.zeros(16, 1, dtype=torch.int64))
+
+
 def test_the_digest_is_the_identity_of_the_weights(cnn):
     digest = Teacher(cnn).digest()
     assert digest == Teacher(copy.deepcopy(cnn)).digest()

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.testing import assert_close
 
 from zsq.compat import import_timm, import_torchvision
-from zsq.core import Bits, Job, MissingExtra, Run, Source, Teacher
+from zsq.core import Bits, Job, MissingExtra, Run, Source, Teacher, look
 from zsq.methods.nearest import NEAREST
 from zsq.nets.chains import equalizable_chains, make_equivariant, scale_channels
 from zsq.nets.folding import fold_batchnorms, output_first
@@ -35,6 +35,7 @@ NETWORKS = {
     "torchvision:vgg11_bn": 32,
     "torchvision:convnext_tiny": 64,
     "torchvision:swin_t": 64,
+    "torchvision:vit_b_16": 64,
     "timm:deit_tiny_patch16_224": 224,
     "timm:swin_tiny_patch4_window7_224": 224,
     "timm:pvt_v2_b0": 64,
@@ -64,8 +65,13 @@ def network(name: str) -> nn.Module:
     torch.manual_seed(0)
     if library == "timm":
         return package.create_model(name)
-    slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return package.models.get_model(name, weights=None, **slow)
+    more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    if name == "vit_b_16":
+        more = {"image_size": 64, "patch_size": 16, "hidden_dim": 24, "mlp_dim": 48, "num_layers": 2, "num_heads": 3}
+        model = package.models.VisionTransformer(**more)
+        nn.init.normal_(model.heads.head.weight)
+        return model
+    return package.models.get_model(name, weights=None, **more)
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -91,7 +97,9 @@ def test_the_graph_computes_what_the_network_does(case):
     name, model, graph, images = case
     for batch in (images[:1], images, torch.cat([images, images[:2]])):
         assert_same(graph(batch), model(batch))
-    count = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+    # torch's attention projects with a bare weight, which the graph shows as one more linear
+    kinds = nn.Conv2d | nn.Linear | nn.MultiheadAttention
+    count = sum(isinstance(module, kinds) for module in model.modules())
     aside = {"torchvision:inception_v3": 3, "torchvision:googlenet": 6}.get(name, 0)  # in the auxiliary classifiers
     assert len({node.target for node in layers(graph)}) + len(hidden_layers(graph)) == count - aside
 
@@ -187,6 +195,7 @@ def test_blocks_are_the_units_of_the_architecture(case):
 
 
 PRODUCTS = {
+    "torchvision:vit_b_16": 4,
     "timm:deit_tiny_patch16_224": 24,
     "timm:swin_tiny_patch4_window7_224": 24,
     "torchvision:swin_t": 24,
@@ -197,6 +206,36 @@ PRODUCTS = {
 def test_the_two_products_of_each_attention_are_visible(case):
     name, _, graph, _ = case
     assert len(matmuls(graph)) == PRODUCTS.get(name, 0)
+
+
+TOKENS = {
+    "timm:deit_tiny_patch16_224": ("norm_pre", 1, (14, 14)),
+    "torchvision:vit_b_16": ("encoder.dropout", 1, (4, 4)),
+}
+
+
+@torch.no_grad()
+def test_attention_is_visible_in_the_network_as_in_its_graph(case):
+    name, model, graph, images = case
+    marks = graph.meta["landmarks"]
+    assert marks.attention == PRODUCTS.get(name, 0) / 2
+    assert (marks.tokens, marks.prefix, marks.grid) == TOKENS.get(name, ("", 0, marks.grid))
+    teacher = Teacher(model, marks)
+    if not marks.attention:
+        assert not teacher.offers & {"attention", "tokens"}
+        return
+    view = teacher.view(images, frozenset({"attention"}))
+    assert_same(view.logits, model(images))
+    assert len(view.attention) == marks.attention
+    for layer in view.attention:
+        assert_close(layer.probabilities.sum(-1), torch.ones(layer.probabilities.shape[:-1]))
+        assert len(layer.output) % len(images) == 0
+    if marks.tokens:
+        count = marks.prefix + marks.grid[0] * marks.grid[1]
+        kept = [torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(count - 1)[:5]]) for _ in images]
+        found, _ = look(graph, images, frozenset(), marks, torch.stack(kept))
+        assert_same(found, teacher.view(images, tokens=torch.stack(kept)).logits)
+        assert not torch.allclose(found, model(images), atol=1e-3)
 
 
 def test_what_cannot_be_traced_is_named_with_a_reason(case):

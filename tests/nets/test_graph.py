@@ -3,13 +3,15 @@
 import copy
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
 from zsq.core.errors import UnsupportedModel
-from zsq.nets.graph import capture, consumers, hidden_layers, layers, matmuls, module_of, producer
+from zsq.core.teacher import only_tokens
+from zsq.nets.graph import blocks, capture, consumers, hidden_layers, layers, matmuls, module_of, producer
 from zsq.zoo.networks import ResNet
 
 
@@ -393,3 +395,18 @@ def test_a_network_that_writes_into_its_input_leaves_the_example_alone():
     assert_close(example, images(), rtol=0, atol=0)
     assert_close(graph(example), network.eval()(example.clone()))
     assert_close(example, images(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [tiny.vit, tiny.unfused_vit])
+def test_the_graph_of_a_transformer_runs_on_some_of_its_tokens(make):
+    network = make()
+    graph, rng = capture(network, images()), torch.Generator().manual_seed(0)
+    for count in (1, 2, 5):
+        for left in (1, 4, 15):
+            patches = [1 + torch.randperm(16, generator=rng)[:left] for _ in range(count)]
+            tokens = torch.stack([torch.cat([torch.zeros(1, dtype=torch.int64), each]) for each in patches])
+            with torch.no_grad(), only_tokens(graph, "drop", tokens), only_tokens(network, "drop", tokens):
+                assert_close(graph(images(count)), network(images(count)))
+    with torch.no_grad():
+        assert_close(graph(images(5)), network(images(5)))  # and on all of them again
+    assert [block.name for block in blocks(graph)] == ["patches", "blocks.0", "blocks.1", "head"]

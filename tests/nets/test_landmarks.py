@@ -128,3 +128,78 @@ def test_teacher_and_quantized_student_share_them(make, job_for):
     assert marks == found(make())
     for name in (marks.classifier, marks.convolution, *marks.branches):
         assert isinstance(job.student.get_submodule(name), type(job.teacher.module.get_submodule(name)))
+
+
+# --- transformers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny.vit, tiny.unfused_vit])
+def test_a_transformer_has_attention_tokens_and_a_class_token(make):
+    marks = found(make())
+    assert (marks.attention, marks.tokens, marks.prefix, marks.grid) == (2, "drop", 1, (4, 4))
+    assert marks.classifier == "head"
+
+
+def test_a_cnn_has_no_attention():
+    marks = found(tiny.cnn())
+    assert (marks.attention, marks.tokens, marks.prefix, marks.grid) == (0, "", 0, (0, 0))
+
+
+class Patches(nn.Module):
+    """A transformer on 16 patches without a class token, with ``between`` the embedding and the first block."""
+
+    def __init__(self, between, after=None):
+        super().__init__()
+        self.embed, self.between = nn.Conv2d(3, 8, 2, 2), between
+        self.block, self.after, self.head = tiny.TransformerBlock(8, 2, fused=True), after, nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.between(self.embed(x).flatten(2).transpose(1, 2))
+        x = self.block(x)
+        return self.head((x if self.after is None else self.after(x)).mean(1))
+
+
+class Window(nn.Module):
+    """What needs all tokens: a map of 4 x 4 again."""
+
+    def forward(self, x):
+        return x.unflatten(1, (4, 4)).amax(2)
+
+
+@pytest.mark.parametrize(
+    ("between", "name"),
+    [
+        (nn.Dropout(), "between"),
+        (nn.LayerNorm(8), "between"),
+        (nn.Sequential(nn.LayerNorm(8), nn.Identity(), nn.Dropout()), "between.2"),
+    ],
+)
+def test_the_last_module_that_makes_the_tokens_is_found(between, name):
+    marks = found(Patches(between))
+    assert (marks.tokens, marks.prefix, marks.grid) == (name, 0, (4, 4))
+
+
+def test_tokens_that_no_module_makes_or_that_are_all_needed_cannot_be_left_out():
+    assert found(Patches(Scale())).tokens == ""
+    marks = found(Patches(nn.Dropout(), Window()))
+    assert (marks.tokens, marks.attention) == ("", 1)
+
+
+class Scale(nn.Module):
+    """No layer of torch: what it makes is a product in the graph."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_blocks_whose_two_branches_run_side_by_side():
+    class Parallel(tiny.TransformerBlock):
+        def forward(self, x):
+            y = self.norm1(x)
+            q, k, v = self.qkv(y).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            attention = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return x + (self.proj(attention) + self.mlp(y))
+
+    network = Patches(nn.Dropout())
+    network.block = Parallel(8, 2, fused=True)
+    assert found(network).tokens == "between"

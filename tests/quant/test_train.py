@@ -252,6 +252,14 @@ def test_transformed_images_are_what_both_networks_see(resnet, ready, apply):
     assert not torch.equal(teacher[0], teacher[1])
 
 
+def test_images_that_are_moved_are_seen_by_all_their_tokens():
+    """Their patches are elsewhere now."""
+    batch = Batch(torch.rand(2, 3, 8, 8), tokens=torch.tensor([[0, 3], [0, 7]]))
+    still, moving = (Distill(loss=Distillation(), transforms=each) for each in ((), (CropAndFlip(),)))
+    assert still._moved(batch, torch.Generator()) is batch
+    assert moving._moved(batch, torch.Generator()).tokens is None
+
+
 def test_the_teacher_looks_once_at_the_batch_of_a_live_source(resnet, job_of, apply):
     counts = []
     for step in (WarmUp(steps=4), distill(steps=4)):

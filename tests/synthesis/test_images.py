@@ -6,7 +6,17 @@ import torch
 
 from zsq.core import Loss, RecipeError, Run, Teacher
 from zsq.losses import BNStatistics, CrossEntropy, ImageStatistics
-from zsq.synthesis import GaussianPixels, Noise, OptimizeImages, Plateau, ShiftAndFlip, UniformLabels, UniformPixels
+from zsq.synthesis import (
+    GaussianPixels,
+    InTurn,
+    Noise,
+    OptimizeImages,
+    Plateau,
+    ShiftAndFlip,
+    UniformLabels,
+    UniformPixels,
+    WarmUpCosine,
+)
 from zsq.synthesis.images import batch_sizes
 
 SMALL = OptimizeImages(loss=BNStatistics(), samples=6, batch_size=4, steps=4)
@@ -109,6 +119,92 @@ def test_the_schedule_reaches_the_pixels(cnn, job_for):
     (slowed,) = images_of(eager, job_for(cnn))
     (free,) = images_of(replace(eager, schedule=None), job_for(cnn))
     assert not torch.equal(slowed.images, free.images)
+
+
+def rates(schedule, base, steps):
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=base)
+    slow, found = schedule.build(optimizer, steps), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        slow(0.0)
+    return found
+
+
+def test_a_rate_that_warms_up_and_falls_in_two_rounds():
+    # card of PSAQ-ViT, check 3: 2 x 500 steps, the first 100 of each rising
+    found = rates(WarmUpCosine(rounds=2, warm_up=0.2), 0.2, 1000)
+    assert [found[step] for step in (0, 99, 100, 300, 500)] == pytest.approx([0.002, 0.2, 0.2, 0.1, 0.002])
+    assert 0 < found[499] < 1e-5
+    assert found[500:] == pytest.approx(found[:500])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_a_few_steps_have_a_rate_too(steps):
+    assert all(0 <= rate <= 1 for rate in rates(WarmUpCosine(rounds=2, warm_up=0.2), 1.0, steps))
+
+
+def test_moments_outlive_the_rounds():
+    pixel = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.Adam([pixel], lr=1.0)
+    slow = WarmUpCosine(rounds=2).build(optimizer, 6)
+    for _ in range(6):
+        pixel.grad = torch.ones(1)
+        optimizer.step()
+        slow(0.0)
+    state = optimizer.state[pixel]
+    assert state["step"] == 6
+    assert state["exp_avg"].item() == pytest.approx(1 - 0.9**6)
+
+
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"warm_up": 1.0}, {"warm_up": -0.1}])
+def test_rounds_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(RecipeError, match=r"rounds must be at least 1|warm_up must lie in"):
+        WarmUpCosine(**wrong)
+
+
+def test_pixels_are_kept_in_the_box_of_their_channel(cnn, job_for):
+    job = job_for(cnn)
+    job.pixel_box = ((-0.1, 0.2), (-1.0, 0.3), (0.0, 0.1))
+    (boxed,) = images_of(replace(SMALL, samples=4, clamp=True), job)
+    for channel, (low, high) in enumerate(job.pixel_box):
+        values = boxed.images[:, channel]
+        assert values.min().item() == pytest.approx(low)
+        assert values.max().item() == pytest.approx(high)
+    (free,) = images_of(replace(SMALL, samples=4), job)
+    assert free.images.abs().max() > 1
+
+
+def test_the_first_step_of_adam_does_not_depend_on_its_betas_and_the_third_does(cnn, job_for):
+    def images(steps, betas):
+        return images_of(replace(SMALL, samples=4, steps=steps, betas=betas), job_for(cnn))[0].images
+
+    assert torch.allclose(images(1, (0.9, 0.999)), images(1, (0.5, 0.9)), atol=1e-5)
+    assert not torch.allclose(images(3, (0.9, 0.999)), images(3, (0.5, 0.9)), atol=1e-2)
+
+
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.5, -0.1)])
+def test_betas_outside_of_0_to_1_are_refused(betas):
+    with pytest.raises(RecipeError, match=r"betas must lie in \[0, 1\)"):
+        replace(SMALL, betas=betas)
+
+
+def test_jitters_take_turns_in_the_loop(cnn, job_for):
+    turns = InTurn(first=ShiftAndFlip(limit=0.0, flip=False), second=ShiftAndFlip(limit=0.5))
+    recipe = replace(SMALL, samples=4, steps=4, jitter=turns)
+    moved = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watch(Loss):
+        """Whether the images of a look are the pixels."""
+
+        def value(self, view):
+            moved.append(not torch.equal(view.images, view.pixels))
+            return view.images.square().sum()
+
+    images_of(replace(recipe, loss=Watch()), job_for(cnn))
+    assert moved[:2] == [False, False]
+    assert any(moved[2:])
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, -0.5])

@@ -2,8 +2,8 @@
 
 from zsq.losses.distillation import BranchEnergies, CamAlignment, Distillation
 from zsq.losses.features import CentreDistance
-from zsq.losses.images import TotalVariation
 from zsq.losses.labels import CrossEntropy, EasyLabels, HardCrossEntropy, StudentCrossEntropy
+from zsq.losses.priors import TotalVariation
 from zsq.losses.statistics import BNStatistics, ImageStatistics
 
 __all__ = [

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zsq.core import Batch, Job, Method, Paper, Recipe, RecipeError, Transform, View
 from zsq.losses import CrossEntropy, TotalVariation
@@ -49,12 +50,10 @@ class FinalAttention(Recipe):
         """The images and their tokens."""
         low, high = torch.tensor(job.pixel_box).T[:, None, :, None, None].to(pixels)
         stored = (pixels - low) / (high - low)
-        marks = job.teacher.landmarks
-        with torch.no_grad():
-            importance = attention_of_class_token(job.teacher.view(stored, frozenset({"attention"})), marks.prefix)
-        everything = torch.arange(marks.prefix + importance.shape[1], device=pixels.device).expand(len(pixels), -1)
+        every = every_token(job, pixels)
         # the class token counts among what is left: 47 of 197, where the stops leave 46 of 196
-        tokens = most_attended(everything, importance, marks.prefix, int((1 + importance.shape[1]) * share))
+        prefix, left = job.teacher.landmarks.prefix, int((1 + math.prod(job.teacher.landmarks.grid)) * share)
+        tokens = most_attended(every, importance(job, stored, every), prefix, left)
         stored = (stored * shown(job, tokens) * 255).floor() / 255
         return Batch(torch.where(stored == 0, 0.0, low + stored * (high - low)), tokens=tokens)
 
@@ -95,24 +94,21 @@ class Stopping:
         self.rule, self.job, self.rng = rule, job, rng
         self.tokens: Tensor | None = None
         """The tokens (N, k) that are left; None before the first stop."""
-        self._importance = torch.empty(0)
-        self._stopped = 0
+        self._next = torch.empty(0)
+        self._stops = 0
 
     def view(self, step: int, pixels: Tensor, jitter: Transform | None, needs: frozenset[str], **more: Any) -> View:
         """What the teacher sees of the patches that are left."""
         marks, look = self.job.teacher.landmarks, self.job.teacher.view
         if step in self.rule.stops:
-            self.tokens = self._fewer(len(pixels))
+            self.tokens, self._stops = self._next, self._stops + 1
         if step + 1 in self.rule.stops:
-            view = look(pixels, needs | {"attention"}, tokens=self.tokens, pixels=pixels, **more)
-            self._importance = attention_of_class_token(view, marks.prefix)
-            return view
-        if step in self.rule.stops or not isinstance(jitter, ShiftAndFlip):
+            self._next = self._fewer(pixels)
+        if {step, step + 1} & set(self.rule.stops) or not isinstance(jitter, ShiftAndFlip):
             return look(pixels, needs, tokens=self.tokens, pixels=pixels, **more)
-        shift = jitter.draw(pixels, self.rng)
-        tokens = self.tokens
+        shift, tokens = jitter.draw(pixels, self.rng), self.tokens
         if tokens is not None:
-            patch = (pixels.shape[2] / marks.grid[0], pixels.shape[3] / marks.grid[1])
+            patch = pixels.shape[2] / marks.grid[0], pixels.shape[3] / marks.grid[1]
             tokens = moved(tokens, shift, marks.prefix, marks.grid, patch)
         return look(shift.move(pixels), needs, tokens=tokens, pixels=pixels, **more)
 
@@ -120,27 +116,38 @@ class Stopping:
         """The images with what is left of them."""
         if self.tokens is None:
             return Batch(pixels)
-        return self.rule.mask.keep(self.job, pixels, self.tokens, (1 - self.rule.share) ** self._stopped)
+        return self.rule.mask.keep(self.job, pixels, self.tokens, (1 - self.rule.share) ** self._stops)
 
-    def _fewer(self, count: int) -> Tensor:
-        marks = self.job.teacher.landmarks
-        tokens = self.tokens
+    def _fewer(self, pixels: Tensor) -> Tensor:
+        """The tokens that stay at the next stop."""
+        prefix, tokens = self.job.teacher.landmarks.prefix, self.tokens
         if tokens is None:
-            tokens = torch.arange(marks.prefix + math.prod(marks.grid), device=self._importance.device)
-            tokens = tokens.expand(count, -1)
-        self._stopped += 1
-        left = int((tokens.shape[1] - marks.prefix) * (1 - self.rule.share))
-        return most_attended(tokens, self._importance, marks.prefix, max(left, 1))
+            tokens = every_token(self.job, pixels)
+        left = int((tokens.shape[1] - prefix) * (1 - self.rule.share))
+        return most_attended(tokens, importance(self.job, pixels, tokens), prefix, max(left, 1))
+
+
+def every_token(job: Job, pixels: Tensor) -> Tensor:
+    """All tokens of each image: (N, T)."""
+    marks = job.teacher.landmarks
+    return torch.arange(marks.prefix + math.prod(marks.grid), device=pixels.device).expand(len(pixels), -1)
+
+
+def importance(job: Job, pixels: Tensor, tokens: Tensor) -> Tensor:
+    """How much the class token reads of each patch among ``tokens`` (N, k): (N, patches)."""
+    with torch.no_grad():  # with gradients, attention in separate products would need the most memory of the run
+        view = job.teacher.view(pixels, frozenset({"attention"}), tokens=tokens)
+    return attention_of_class_token(view, job.teacher.landmarks.prefix)
 
 
 def attention_of_class_token(view: View, prefix: int) -> Tensor:
     """How much the class token reads of each patch in the last attention, the mean over heads: (N, patches)."""
-    return view.attention[-1].probabilities[:, :, 0, prefix:].mean(1).detach()
+    return view.attention[-1].probabilities[:, :, 0, prefix:].mean(1)
 
 
-def most_attended(tokens: Tensor, importance: Tensor, prefix: int, count: int) -> Tensor:
-    """Of ``tokens`` (N, k), the ``prefix`` first and the ``count`` patches of most ``importance`` (N, k - prefix)."""
-    best = importance.topk(count, 1).indices
+def most_attended(tokens: Tensor, attention: Tensor, prefix: int, count: int) -> Tensor:
+    """Of ``tokens`` (N, k), the ``prefix`` first and the ``count`` patches of most ``attention`` (N, k - prefix)."""
+    best = attention.topk(count, 1).indices
     return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, best)], 1)
 
 
@@ -167,7 +174,7 @@ def shown(job: Job, tokens: Tensor) -> Tensor:
     marks = job.teacher.landmarks
     patches = torch.zeros(len(tokens), marks.prefix + math.prod(marks.grid), device=tokens.device)
     patches = patches.scatter(1, tokens, 1.0)[:, marks.prefix :].unflatten(1, (1, *marks.grid))
-    return torch.nn.functional.interpolate(patches, job.input_shape[1:], mode="nearest")
+    return F.interpolate(patches, job.input_shape[1:], mode="nearest")
 
 
 SMI = Method(

@@ -25,6 +25,7 @@ from zsq.core import (
     View,
     check_counts,
     check_positive,
+    look,
     needs,
     start,
 )
@@ -90,7 +91,8 @@ class TrackRanges(Recipe):
         for step in job.run.steps(self.steps, "track ranges"):
             batch = source.batch(step, self.batch_size)
             with torch.no_grad(), job.run.autocast():
-                job.student(batch.images[: self.batch_size])
+                part = batch[: self.batch_size]
+                look(job.student, part.images, frozenset(), job.teacher.landmarks, part.tokens)
         for quantizer in quantizers.values():
             quantizer.observe(None)
 
@@ -264,7 +266,7 @@ class Distill(Recipe):
         images = batch.images
         for transform in self.transforms:
             images = transform.move(images, rng)
-        return replace(batch, images=images, logits=None)
+        return replace(batch, images=images, logits=None, tokens=None)  # the patches are elsewhere now
 
 
 class _Once:
@@ -301,7 +303,9 @@ class _Perturbed(_Once):
         value.backward(retain_graph=self.beside is not None)  # the student's gradients and the direction at once
         assert images.grad is not None
         further = Batch(
-            images.detach() + self.recipe.epsilon * images.grad.sign(), view.labels if view.labelled else None
+            images.detach() + self.recipe.epsilon * images.grad.sign(),
+            view.labels if view.labelled else None,
+            tokens=batch.tokens,
         )
         if self.beside is not None:
             aside = self.beside(view)

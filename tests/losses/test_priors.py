@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from zsq.core import RecipeError, Run, View
 from zsq.losses import TotalVariation
-from zsq.losses.images import noise_variation, total_variation
+from zsq.losses.priors import noise_variation, total_variation
 
 PAPER = (32, 3, 224, 224)
 
