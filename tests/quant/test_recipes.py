@@ -1,10 +1,13 @@
 from dataclasses import replace
 
 import pytest
+import tiny
+import torch
 
-from zsq.api import protocol_of, resolve
+from zsq.api import load, protocol_of, quantize, resolve
 from zsq.methods import BASELINES, METHODS
-from zsq.quant import MINMAX_PTQ, MINMAX_VIT, REPQ_VIT, Calibrate, Log2, PercentileSearch, ReconstructBlocks
+from zsq.quant import MINMAX_PTQ, MINMAX_VIT, REPQ_VIT, Calibrate, Log2, LogSqrt2, PercentileSearch, ReconstructBlocks
+from zsq.quant.quantizers import activation_quantizers
 from zsq.quant.recipes import MINMAX_VIT_PASSES, REPQ_VIT_PASSES, under
 
 
@@ -56,3 +59,18 @@ def test_single_values_and_efforts_reach_the_passes_that_were_brought():
     settings = {"quantizer.insert_fake_quant.protocol.probabilities": "float"}
     assert resolve("nearest", protocol="repq-vit", overrides=settings).quantizer[0].protocol.probabilities == "float"
     assert resolve("nearest", protocol="minmax-vit").quantizer[0].protocol == MINMAX_VIT
+
+
+@pytest.mark.parametrize("method", ["psaq-vit", "smi", "nearest"])
+@pytest.mark.parametrize("protocol", ["minmax-vit", "repq-vit", "deploy-vit"])
+def test_protocols_on_a_transformer_from_any_images(method, protocol, tmp_path):
+    network, photos = tiny.vit(), torch.randn(16, *tiny.SHAPE, generator=torch.Generator().manual_seed(1))
+    settings = tiny.settings(method)
+    result = quantize(network, method, "w4a4", protocol=protocol, out=tmp_path / "run", **settings)
+    assert result.metrics["protocol"] == protocol
+    student, _ = load(tmp_path / "run", network)
+    assert torch.equal(student(photos), result.student(photos))
+    quantizers = activation_quantizers(result.student).values()
+    assert all(quantizer.ready and quantizer.scale.dim() == 0 for quantizer in quantizers)
+    logarithmic = [quantizer for quantizer in quantizers if quantizer.scheme == LogSqrt2()]
+    assert len(logarithmic) == (2 if protocol == "repq-vit" else 0)
