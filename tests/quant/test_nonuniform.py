@@ -146,17 +146,14 @@ def test_channels_that_are_alike_have_one_exponent():
     [(0.1, 0.0008, 0.058, 0.010), (1, 0.170, 0.042, 0.011), (2, 0.073, 0.047, 0.012), (4, 0.010, 0.039, 0.010)],
 )
 def test_errors_of_attention_at_4_bits(sigma, uniform, log2, log_sqrt2):
-    """Relative error of A V over 197 tokens, d the largest probability: the table of the card, within half."""
+    """Squared relative error of A V over 197 tokens, d the largest probability: the card's table, of another draw."""
     rng = torch.Generator().manual_seed(0)
     a = (sigma * torch.randn(12, 197, 197, generator=rng)).softmax(-1)
     v = torch.randn(12, 197, 64, generator=rng)
-    if sigma == 0.1:
-        uniform = None  # a flat row lies on a few codes of the top: which, depends on the draw
     for grid, expected in ((Scheme(), uniform), (Log2(zero="beside"), log2), (LogSqrt2(zero="beside"), log_sqrt2)):
         wrong = calibrated(grid, a)(a) @ v - a @ v
         found = (wrong.square().mean() / (a @ v).square().mean()).item()
-        if expected is not None:
-            assert found == pytest.approx(expected, rel=0.5), (grid, found)
+        assert found == pytest.approx(expected, rel=0.35), (grid, found)
 
 
 @pytest.mark.parametrize("grid", EVERY, ids=repr)
