@@ -146,3 +146,13 @@ def test_only_the_tokens_that_an_image_keeps_are_looked_at(job_of, apply):
     assert {site.importance.shape[1] for name, site in sites.items() if name.endswith("qkv")} == {3}
     (operand,) = sites["blocks.0.proj"].node.all_input_nodes
     assert sites["blocks.0.proj"].values[operand].shape == (2, 3, 8)
+
+
+def test_what_was_found_is_kept(vit, job_of, apply, tmp_path, monkeypatch):
+    states = []
+    for _ in range(2):
+        job = job_of(vit, folder=tmp_path / "run")
+        apply(job, *REPQ_VIT_PASSES, SearchRanges(rounds=1, candidates=5), synthesizer=NOISE)
+        states.append({name: value.clone() for name, value in job.student.state_dict().items()})
+        monkeypatch.setattr("zsq.quant.search._sites", None)  # a second time nothing is searched
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

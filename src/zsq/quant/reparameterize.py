@@ -51,7 +51,8 @@ class Reparameterize(Recipe):
         for name in linears:
             complete(graph, name)
             _absorb(graph.get_submodule(name), factors, shift)
-        quantizer.scheme = Scheme(granularity=PerTensor())
+        symmetric = isinstance(quantizer.scheme, Scheme) and quantizer.scheme.symmetric
+        quantizer.scheme = Scheme(symmetric=symmetric, granularity=PerTensor())
         quantizer.set_grid(Affine(scale, zero_point, quantizer.low, quantizer.high))
 
 

@@ -1,6 +1,7 @@
 """SearchRanges: the scales of each layer that change its output least."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -54,7 +55,16 @@ class SearchRanges(Recipe):
         fixed = [name for name, (_, each) in weight_quantizers(graph).items() if not isinstance(each.rounding, nearest)]
         if fixed:
             raise RecipeError(f"SearchRanges moves the scales of weights rounded to nearest, and {fixed[0]} is not")
-        sites = _sites(graph, source.take(self.samples), job.teacher.landmarks, self.guide)
+        batch = source.take(self.samples)
+        scales = job.run.cached("search", partial(self._search, job, batch))
+        with torch.no_grad():
+            for name, scale in scales.items():
+                graph.get_parameter(name).copy_(scale)
+
+    def _search(self, job: Job, batch: Batch) -> dict[str, Tensor]:
+        """The scales found, by the dotted names of the parameters."""
+        graph = job.student
+        sites = _sites(graph, batch, job.teacher.landmarks, self.guide)
         factors = torch.linspace(self.narrowest, self.widest, self.candidates, device=job.run.device)
         readers: dict[ActivationQuantizer, list[_Site]] = {}
         for site in sites:
@@ -70,6 +80,8 @@ class SearchRanges(Recipe):
             for quantizer in site.quantizers:
                 if readers[quantizer][0] is site:
                     _search_activation(readers[quantizer], quantizer, tried[quantizer])
+        searched = {id(quantizer.scale) for quantizer in (*begun, *readers)}
+        return {name: each.detach().clone() for name, each in graph.named_parameters() if id(each) in searched}
 
 
 class _Site:
