@@ -1,5 +1,6 @@
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -8,12 +9,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from vits import vit
 
 from zsq.core import Bits, CheckpointError, Job, Run, Source, Teacher, needs, smoke
 from zsq.methods import BASELINES, METHODS
 from zsq.nets.clip import ChannelClip
 from zsq.nets.graph import capture
-from zsq.quant import Scheme
+from zsq.quant import (
+    REPQ_VIT,
+    REPQ_VIT_PASSES,
+    Log2,
+    LogSqrt2,
+    PowerOfTwoFactors,
+    RidgeCorrection,
+    Scheme,
+    TwinGELU,
+    TwinSoftmax,
+)
 from zsq.quant.placement import float_tensors
 from zsq.quant.quantizers import freeze, weight_quantizers
 from zsq.store import load_student, pack, save_student, unpack
@@ -219,7 +231,7 @@ def lose(tensors, name):
     del tensors[name]
 
 
-STRANGE_EDGE = {"bits": 4, "low": 0, "symmetric": True, "ready": True, "source": "x", "readers": []}
+STRANGE_EDGE = {"bits": 4, "low": 0, "grid": {"kind": "Scheme"}, "ready": True, "source": "x", "readers": []}
 DAMAGES = {
     "no json": lambda plan, tensors: "{",
     "a list": lambda plan, tensors: "[]",
@@ -232,6 +244,7 @@ DAMAGES = {
     "another width": lambda plan, tensors: plan["weights"]["head"].update(bits=8),
     "another shape": lambda plan, tensors: plan["weights"]["head"].update(shape=[5, 7]),
     "a strange edge": lambda plan, tensors: plan["activations"].update(x=STRANGE_EDGE),
+    "a strange grid": lambda plan, tensors: next(iter(plan["activations"].values())).update(grid={"kind": "Nose"}),
     "a strange edit": lambda plan, tensors: plan["edits"].append([]),
     "text for a number": lambda plan, tensors: plan["weights"]["head"].update(bits="3"),
 }
@@ -281,3 +294,32 @@ def test_symmetric_grids_come_back_with_their_ends(tmp_path):
     x = torch.randn(8, *SHAPE)
     assert torch.equal(loaded(x), job.student(x))
     assert {quantizer.low for _, quantizer in weight_quantizers(loaded).values()} == {-8}
+
+
+@pytest.mark.parametrize(
+    ("grids", "merged"),
+    [
+        ({}, True),
+        ({}, False),  # a grid for each channel
+        ({"probabilities": Log2(), "gelus": TwinGELU(), "norms": PowerOfTwoFactors()}, False),
+        ({"probabilities": LogSqrt2(zero="beside")}, True),
+        ({"probabilities": TwinSoftmax(splits=5)}, True),
+        ({"probabilities": "float", "norms": PowerOfTwoFactors()}, True),
+    ],
+)
+def test_transformers_come_back_to_the_bit(grids, merged, tmp_path):
+    insert, calibrate, merge = REPQ_VIT_PASSES
+    passes = [replace(insert, protocol=replace(REPQ_VIT, **grids)), calibrate]
+    passes += [merge, RidgeCorrection(ridge=1.0)] if merged else []
+    job = Job(Teacher(vit()), capture(vit(), EXAMPLE), Bits.parse("w4a4"), Run(device="cpu"), SHAPE)
+    source = Source(EVERY["nearest"].synthesizer, job)
+    for each in passes:
+        each.apply(job, source)
+    freeze(job.student)
+    path = tmp_path / "student.safetensors"
+    path.write_bytes(save_student(job.student, {}))
+    loaded, _ = load_student(path, vit(seed=7), EXAMPLE)
+    x = torch.randn(32, *SHAPE)
+    assert torch.equal(loaded(x), job.student(x))
+    assert float_tensors(loaded) == float_tensors(job.student)
+    assert save_student(loaded, {}) == path.read_bytes()

@@ -39,7 +39,7 @@ from zsq.evaluate import Accuracy, Images, check_images, evaluate, read_images
 from zsq.methods import BASELINES, METHODS, PLUGINS
 from zsq.nets.graph import capture
 from zsq.nets.load import Network, load_network
-from zsq.quant import PROTOCOLS, Distill, InsertFakeQuant, QuantizationProtocol
+from zsq.quant import PROTOCOLS, Distill, InsertFakeQuant, QuantizationProtocol, under
 from zsq.quant.placement import float_tensors
 from zsq.quant.quantizers import freeze
 from zsq.store import load_student, save_student
@@ -264,6 +264,8 @@ def resolve(
 ) -> Method:
     """The recipe that will run: the method, its preset, the effort, the protocol and single values, in this order.
 
+    A protocol may bring passes of its own, which ``zsq.quant.recipes`` lists.
+
     Raises:
         RecipeError: if a name or path does not exist, or a value does not fit; the message lists what exists.
     """
@@ -272,10 +274,10 @@ def resolve(
         raise RecipeError(f"effort is smoke, fast or paper, got {effort!r}")
     if effort == "fast" and preset != "fast":
         recipe = recipe.preset("fast")
+    if protocol is not None:
+        recipe = under(recipe, find_protocol(protocol))
     if effort == "smoke":
         recipe = smoke(recipe)
-    if protocol is not None:
-        recipe = recipe.override({"quantizer.insert_fake_quant.protocol": find_protocol(protocol)})
     return recipe.override(overrides or {})
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from zsq.core import CheckpointError
 from zsq.nets.chains import make_equivariant
 from zsq.nets.graph import capture
-from zsq.quant.grid import Scheme
-from zsq.quant.layers import edge_of, fold, insert_activation_quantizer, quantize_input
+from zsq.quant.layers import complete, edge_of, fold, insert_activation_quantizer, quantize_input
+from zsq.quant.nonuniform import grid_from, grid_words
 from zsq.quant.placement import Edge
 from zsq.quant.quantizers import (
     ActivationQuantizer,
@@ -28,7 +28,7 @@ from zsq.quant.rounding import Nearest
 
 __all__ = ["load_student", "pack", "save_student", "unpack"]
 
-_FORMAT = "zsq-student-1"
+_FORMAT = "zsq-student-2"
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -68,7 +68,7 @@ def save_student(student: fx.GraphModule, origin: dict[str, str]) -> bytes:
         activations[name] = {
             "bits": act.bits,
             "low": act.low,
-            "symmetric": act.scheme.symmetric,
+            "grid": grid_words(act.scheme),
             "ready": act.ready,
             **({"source": edge.source.name, "readers": [node.name for node in edge.readers]} if edge else {}),
         }
@@ -112,12 +112,15 @@ def _rebuild(student: fx.GraphModule, plan: dict[str, Any], tensors: dict[str, T
     for edit in plan["edits"]:
         if edit[0] == "fold":
             fold(student)
+        elif edit[0] == "complete":
+            complete(student, edit[1])
         else:
             make_equivariant(student, exact=edit[1])
     student.meta["edits"] = plan["edits"]
     nodes = {node.name: node for node in student.graph.nodes}
     for name, kept in plan["activations"].items():
-        act = ActivationQuantizer(kept["bits"], Scheme(symmetric=kept["symmetric"]))
+        act = ActivationQuantizer(kept["bits"], grid_from(kept["grid"]))
+        act.resize(tuple(tensors[f"{name}.scale"].shape))
         act.low, act.high, act.ready = kept["low"], kept["low"] + 2 ** kept["bits"] - 1, kept["ready"]
         if "source" in kept:
             edge = Edge(nodes[kept["source"]], tuple(nodes[reader] for reader in kept["readers"]))

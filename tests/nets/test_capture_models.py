@@ -13,9 +13,10 @@ from zsq.core import Bits, Job, MissingExtra, Run, Source, Teacher, look
 from zsq.methods.nearest import NEAREST
 from zsq.nets.chains import equalizable_chains, make_equivariant, scale_channels
 from zsq.nets.folding import fold_batchnorms, output_first
-from zsq.nets.graph import blocks, capture, extract, hidden_layers, layers, matmuls
-from zsq.quant.placement import float_tensors, moves_values
-from zsq.quant.quantizers import float_mode, weight_quantizers
+from zsq.nets.graph import blocks, capture, extract, hidden_layers, layers, matmuls, module_of
+from zsq.quant import REPQ_VIT_PASSES
+from zsq.quant.placement import float_tensors, made_by, moves_values
+from zsq.quant.quantizers import ActivationQuantizer, activation_quantizers, float_mode, weight_quantizers
 from zsq.synthesis import Noise
 
 NETWORKS = {
@@ -243,3 +244,27 @@ def test_what_cannot_be_traced_is_named_with_a_reason(case):
     assert list(graph.meta["untraced"]) == (attention if name == "timm:efficientvit_b0" else [])
     assert all(graph.meta["untraced"].values())
     assert all(f"{module}.qkv.conv" in hidden_layers(graph) for module in graph.meta["untraced"])
+
+
+@pytest.mark.parametrize("case", [name for name in NETWORKS if "deit" in name or "swin_tiny" in name], indirect=True)
+def test_repq_w4a4_runs_on_transformers(case):
+    name, model, graph, images = case
+    student = copy.deepcopy(graph)
+    job = Job(Teacher(model), student, Bits(4, 4), Run(device="cpu"), tuple(images.shape[1:]))
+    source = Source(Noise(samples=2), job)
+    insert, calibrate, merge = REPQ_VIT_PASSES
+    insert.apply(job, source)
+    calibrate.apply(job, source)
+    channels = [q for q in activation_quantizers(student).values() if q.scale.dim() == 1]
+    merge.apply(job, source)
+    blocks_of = {"timm:deit_tiny_patch16_224": 24, "timm:swin_tiny_patch4_window7_224": 27}  # 3 reductions
+    assert len(channels) == blocks_of[name]
+    assert all(q.scale.dim() == 0 for q in channels)
+    with torch.no_grad():
+        assert student(images).isfinite().all()
+        with float_mode(student):
+            assert (student(images) - model(images)).abs().max() < 1e-4
+    for product in matmuls(student):  # every operand of attention has a quantizer
+        for operand in (product.left, product.right):
+            assert isinstance(module_of(made_by(operand)), ActivationQuantizer)
+    assert not any(line.startswith("matmul") for line in float_tensors(student))

@@ -3,6 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from vits import vit as small_vit
 
 from zsq.core import Bits, Job, NoData, Run, Source, Teacher
 from zsq.nets.graph import capture
@@ -49,6 +50,12 @@ def resnet() -> nn.Module:
 def mobilenet() -> nn.Module:
     torch.manual_seed(0)
     return lively(TinyMobileNet())
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    """Two blocks: q, k and v come from one linear, and from three without bias."""
+    return small_vit()
 
 
 @pytest.fixture

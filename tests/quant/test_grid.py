@@ -8,7 +8,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from zsq.core import RecipeError
-from zsq.quant import LpError, MinMax, Percentile, PerChannel, PerTensor, RangeAverage, Scheme
+from zsq.quant import OMSE, LpError, MinMax, Percentile, PercentileSearch, PerChannel, PerTensor, RangeAverage, Scheme
 from zsq.quant.grid import affine, fake_quantize
 
 ASYMMETRIC, SYMMETRIC = Scheme(), Scheme(symmetric=True)
@@ -256,3 +256,51 @@ def test_averages_refuse_what_makes_no_sense(decay):
 def test_ranges_refuse_what_makes_no_sense(make):
     with pytest.raises(RecipeError):
         make()
+
+
+def test_symmetric_weights_of_psaq_by_hand():
+    # scale = max|w| / 7.5 = 0.13333; 1 is 7.5 steps, clipped to 7; -1 goes to -8
+    x = tensor([-1, -0.5, 0, 0.1, 0.5, 1], dtype=torch.float64)
+    grid = grid_of(x, 4, SYMMETRIC, True)
+    assert grid.scale.item() == pytest.approx(1 / 7.5)
+    expected = tensor([-1.0667, -0.5333, 0, 0.1333, 0.5333, 0.9333], dtype=torch.float64)
+    assert_close(on(grid, x), expected, atol=5e-5, rtol=0)
+
+
+def test_omse_tries_shares_down_to_a_ninth():
+    # all but one value at 0.05 of the largest: the best share of 100 is far below what OMSE tries
+    rows = torch.cat([0.05 * torch.linspace(-1, 1, 2000), tensor([0.6])])[None]
+    _, high = OMSE.of(rows, 2, ASYMMETRIC, True)
+    assert high.item() == pytest.approx(0.11 * 0.6)
+    assert LpError(p=2.0).of(rows, 2, ASYMMETRIC, True)[1] < high
+    errors = [
+        (on(affine(share * rows.amin(1), share * rows.amax(1), 2, ASYMMETRIC), rows) - rows).square().mean()
+        for share in [1 - step / 100 for step in range(90)]
+    ]
+    assert min(errors) == errors[89]
+    with pytest.raises(RecipeError, match=r"narrowest must lie in \[0, 1\]"):
+        LpError(narrowest=1.5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1000, 5001])
+def test_percentile_search_takes_the_better_pair_of_quantiles(count):
+    rng = torch.Generator().manual_seed(count)
+    rows = torch.randn(3, count, generator=rng) ** 3
+    shares = (0.9, 0.99, 0.999)
+    low, high = PercentileSearch(shares=shares).of(rows, 4, ASYMMETRIC, True)
+    for row, *found in zip(rows, low, high, strict=True):
+        tried = []
+        for share in shares:
+            ends = [row.quantile(1 - share).clamp(max=0), row.quantile(share).clamp(min=0)]
+            grid = affine(*(end.reshape(1) for end in ends), 4, ASYMMETRIC)
+            tried.append(((on(grid, row) - row).square().mean().item(), ends))
+        assert_close(torch.stack(found), torch.stack(min(tried, key=lambda each: each[0])[1]), rtol=1e-4, atol=1e-6)
+
+
+def test_percentile_search_of_symmetric_rows_is_mirrored():
+    rows = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
+    low, high = PercentileSearch().of(rows, 4, SYMMETRIC, True)
+    assert torch.equal(low, -high)
+    for shares in ((), (0.5,), (1.1,)):
+        with pytest.raises(RecipeError, match="shares must lie"):
+            PercentileSearch(shares=shares)

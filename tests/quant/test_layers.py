@@ -1,10 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from zsq.core import Batch
 from zsq.quant import MINMAX_PTQ, SIMULATE_ALL, Calibrate, FoldBatchNorm, InsertFakeQuant, Percentile
-from zsq.quant.layers import fold, layers_in_order
+from zsq.quant.layers import complete, fold, layers_in_order
 from zsq.quant.placement import float_tensors
 from zsq.quant.quantizers import activation_quantizers, weight_quantizer
 from zsq.synthesis import Noise
@@ -22,6 +25,31 @@ def test_quantized_behind_quantized_layers_in_one_pass(job_of, apply):
     job.student(torch.tensor([0.1, 1.4, 3.0]).view(1, 3, 1, 1))
     assert first.scale.item() == 1
     assert second.scale.item() == pytest.approx(1 / 3)  # 0 and 1, not 0.1 and 1.4
+
+
+def test_ranges_of_the_float_network(resnet, images, job_of, apply):
+    """The extremes of what the teacher computes, whatever the order of the images."""
+    scales = []
+    for order in (images, images.flip(0)):
+        job = job_of(resnet, "w2a2")
+        apply(job, InsertFakeQuant(protocol=SIMULATE_ALL))
+        source = SimpleNamespace(batches=lambda size, samples, order=order: (Batch(x) for x in order.split(4)))
+        Calibrate(inputs="float").apply(job, source)
+        scales.append({name: (q.scale.item(), q.ready) for name, q in activation_quantizers(job.student).items()})
+    assert scales[0] == scales[1]
+    logged = []
+    resnet.pool.register_forward_pre_hook(lambda _, inputs: logged.append(inputs[0].max().item()))
+    resnet(images)
+    assert scales[0]["activation_quantizers.stages_1_0_relu2"] == (pytest.approx(logged[0] / 3, rel=1e-4), True)
+
+
+def test_a_bias_is_given_once_and_noted(resnet, job_of):
+    graph = job_of(resnet).student
+    complete(graph, "stem.0")
+    complete(graph, "stem.0")
+    complete(graph, "head")  # has one
+    assert graph.get_submodule("stem.0").bias.tolist() == [0, 0, 0, 0]
+    assert graph.meta["edits"] == [["complete", "stem.0"]]
 
 
 def test_calibration_looks_at_so_many_images(resnet, job_of, apply):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -6,18 +8,27 @@ from zsq.core import FLOAT, RecipeError
 from zsq.methods import METHODS
 from zsq.nets.graph import capture
 from zsq.quant import (
+    DEPLOY_VIT,
     MINMAX_PTQ,
+    MINMAX_VIT,
     PROTOCOLS,
     PTQ_8BIT_ENDS,
+    REPQ_VIT,
     SIMULATE_ALL,
     AfterActivations,
     Ends,
     EqualizeLayers,
     InsertFakeQuant,
     LayerInputs,
+    Log2,
+    LogSqrt2,
+    PerChannel,
+    PowerOfTwoFactors,
+    Scheme,
+    TwinGELU,
 )
 from zsq.quant.layers import edge_of
-from zsq.quant.placement import float_tensors, is_activation
+from zsq.quant.placement import float_tensors, is_activation, normalized_linears
 from zsq.quant.quantizers import activation_quantizers, weight_quantizers
 
 SQUANT = METHODS["squant"].quantizer[0].protocol
@@ -124,6 +135,9 @@ def test_what_is_left_in_float_is_listed_and_nothing_else(resnet, job_of, apply)
         "ptq-8bit-ends": ["stem.0 <- images", *sums],
         "qat-lowbit-all": ["stem.0 <- images", "head <- flatten", *sums],
         "simulate-all": [],
+        "minmax-vit": [],
+        "repq-vit": sums,
+        "deploy-vit": ["stem.0 <- images", *(line[:-1] + "0" for line in sums)],  # BatchNorm is folded
     }
     for name, protocol in PROTOCOLS.items():
         assert float_tensors(quantized(job_of, apply, resnet, protocol)) == expected[name]
@@ -242,3 +256,162 @@ def test_activations_are_found_in_every_form(placement):
     graph = capture(Forms().eval(), torch.zeros(2, 3, 2, 2))
     assert sum(is_activation(node) for node in graph.graph.nodes) == 3
     assert len(placement.edges(graph)) == (3 if isinstance(placement, AfterActivations) else 4)
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+VIT_ALL = {
+    "images": "patches",
+    "patches": "flatten",
+    "cat": "add",
+    "position": "add",
+    "add": "blocks_0_norm1 add_1",
+    "blocks_0_norm1": "blocks_0_attention_qkv",
+    "blocks_0_attention_qkv": "reshape",
+    "matmul": "softmax",
+    "matmul_1": "transpose_2",
+    "blocks_0_attention_proj": "add_1",
+    "add_1": "blocks_0_norm2 add_2",
+    "blocks_0_norm2": "blocks_0_mlp_0",
+    "blocks_0_mlp_1": "blocks_0_mlp_2",
+    "blocks_0_mlp_2": "add_2",
+    "add_2": "blocks_1_norm1 add_3",
+    "blocks_1_norm1": "blocks_1_attention_q blocks_1_attention_k blocks_1_attention_v",
+    "blocks_1_attention_q": "reshape_2",
+    "blocks_1_attention_k": "reshape_3",
+    "blocks_1_attention_v": "reshape_4",
+    "matmul_2": "softmax_1",
+    "matmul_3": "transpose_7",
+    "blocks_1_attention_proj": "add_3",
+    "add_3": "blocks_1_norm2 add_4",
+    "blocks_1_norm2": "blocks_1_mlp_0",
+    "blocks_1_mlp_1": "blocks_1_mlp_2",
+    "blocks_1_mlp_2": "add_4",
+    "add_4": "norm",
+    "norm": "getitem_10",
+    "head": "output",
+}
+"""PSAQ-ViT's list: everything but the probabilities."""
+
+
+def sources(graph):
+    """Source -> readers, but for those that ask for its size."""
+    found = {source: readers.split() for source, (readers, _) in placed(graph).items()}
+    return {source: " ".join(name for name in names if "size" not in name) for source, names in found.items()}
+
+
+def test_minmax_vit_is_everything_but_probabilities(vit, job_of, apply):
+    student = quantized(job_of, apply, vit, MINMAX_VIT)
+    found = sources(student)
+    assert found == {source: " ".join(sorted(readers.split())) for source, readers in VIT_ALL.items()}
+    assert float_tensors(student) == ["matmul_1 <- softmax", "matmul_3 <- softmax_1"]
+    assert {q.bits for _, q in weight_quantizers(student).values()} == {4}
+    assert all(q.low == -8 for _, q in weight_quantizers(student).values())
+
+
+def test_simulate_all_has_the_probabilities_too(vit, job_of, apply):
+    student = quantized(job_of, apply, vit, SIMULATE_ALL)
+    assert set(sources(student)) == set(VIT_ALL) - {"position", "head"} | {"softmax", "softmax_1"}
+    assert float_tensors(student) == []
+
+
+def test_repq_vit_is_the_operands_of_linears_and_products(vit, job_of, apply):
+    student = quantized(job_of, apply, vit, REPQ_VIT)
+    grids = {edge_of(student, name).source.name: q for name, q in activation_quantizers(student).items()}
+    assert len(grids) == 18  # patches, head, and in each block 2 norms, q, k, probabilities, v, proj, fc2
+    assert {name for name, q in grids.items() if q.scheme == LogSqrt2()} == {"softmax", "softmax_1"}
+    per_channel = {name for name, q in grids.items() if q.scheme == Scheme(granularity=PerChannel())}
+    assert per_channel == {f"blocks_{block}_norm{norm}" for block in (0, 1) for norm in (1, 2)}
+    assert {name for name, q in grids.items() if q.bits == 8} == {"images"}
+    assert {q.bits for _, q in weight_quantizers(student).values()} == {4}
+    left = float_tensors(student)
+    assert "add_1 <- blocks.0.attention.proj" in left
+    assert "blocks.0.norm1 <- add" in left
+    assert "softmax <- matmul" in left
+
+
+def test_deploy_vit_leaves_the_patches_in_float(vit, job_of, apply):
+    student = quantized(job_of, apply, vit, DEPLOY_VIT)
+    assert "patches" not in weight_quantizers(student)
+    assert len(activation_quantizers(student)) == 17
+    assert all(q.scheme == Scheme() for q in activation_quantizers(student).values())
+    assert "patches <- images" in float_tensors(student)
+
+
+def test_a_protocol_says_what_each_kind_of_tensor_gets(vit, job_of, apply):
+    protocol = replace(SIMULATE_ALL, probabilities=Log2(), gelus=TwinGELU(), norms=PowerOfTwoFactors())
+    student = quantized(job_of, apply, vit, protocol)
+    kinds = {edge_of(student, name).source.name: q.scheme for name, q in activation_quantizers(student).items()}
+    assert kinds["softmax"] == Log2()
+    assert kinds["blocks_1_mlp_1"] == TwinGELU()
+    assert kinds["blocks_0_norm2"] == PowerOfTwoFactors()
+    assert kinds["norm"] == Scheme()  # one token of it is read: no grid for each channel
+    assert kinds["matmul"] == Scheme()
+    bare = quantized(job_of, apply, vit, replace(protocol, gelus="float", norms="float"))
+    assert "blocks.0.mlp.2 <- blocks.0.mlp.1" in float_tensors(bare)
+    assert "blocks.0.mlp.0 <- blocks.0.norm2" in float_tensors(bare)
+
+
+class Masked(nn.Module):
+    """Scores to which a mask is added, or written."""
+
+    def __init__(self, written):
+        super().__init__()
+        self.first, self.last, self.written = nn.Linear(8, 8), nn.Linear(8, 5), written
+        self.register_buffer("mask", torch.tensor([0.0, 0, 0, 0, -100, -100, -100, -100]))
+
+    def forward(self, x):
+        scores = self.first(x.flatten(2)[:, :, :8])
+        hidden = scores.masked_fill(self.mask < 0, float("-inf")) if self.written else scores + self.mask
+        return self.last((hidden.softmax(-1) @ scores.transpose(1, 2)).sum(1)[:, :1].expand(-1, 8))
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_mask_does_not_widen_the_range_of_scores(written, job_of, apply):
+    student = quantized(job_of, apply, Masked(written).eval(), SIMULATE_ALL)
+    assert not {"add", "masked_fill"} & set(sources(student))
+    assert "first" in sources(student)
+    assert [line for line in float_tensors(student) if line.startswith("softmax")] == []
+
+
+@pytest.mark.parametrize(
+    ("between", "found"),
+    [
+        (lambda x: x, True),
+        (lambda x: torch.roll(x, 1, 1).reshape(-1, 2, 2, 8).permute(0, 2, 1, 3), True),
+        (lambda x: nn.functional.pad(x, (0, 0, 0, 0)), True),
+        (lambda x: nn.functional.pad(x, (0, 0, 0, 1)), False),  # the zeros are no output of the LayerNorm
+        (lambda x: x[:, 0], False),  # one token
+        (lambda x: x.reshape(-1, 8, 4).transpose(1, 2), False),  # eight values, of different channels
+        (lambda x: torch.roll(x, 1, 2), False),
+        (lambda x: 2 * x, False),
+    ],
+)
+def test_linears_behind_a_layer_norm_are_found_by_what_they_read(between, found):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.one, self.other = nn.LayerNorm(8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = between(self.norm(x.reshape(-1, 4, 8)))
+            return (self.one(x) * self.other(x)).flatten(1)
+
+    graph = capture(Net().eval(), torch.zeros(2, 1, 4, 8))
+    node = next(node for node in graph.graph.nodes if node.target == "norm")
+    names = [reader.target for reader in normalized_linears(node)]
+    assert names == (["one", "other"] if found else [])
+
+
+def test_a_layer_norm_that_something_else_reads_has_no_linears_of_its_own(vit):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.one = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.norm(x)
+            return (x + self.one(x)).flatten(1)
+
+    graph = capture(Net().eval(), torch.zeros(2, 1, 4, 8))
+    assert [normalized_linears(node) for node in graph.graph.nodes if node.target == "norm"] == [[]]

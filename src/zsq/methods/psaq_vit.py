@@ -17,10 +17,8 @@ from torch.nn import functional as F
 
 from zsq.core import Attention, Loss, Method, Paper, RecipeError, View, check_positive
 from zsq.losses import CrossEntropy, TotalVariation
-from zsq.quant import SIMULATE_ALL, Calibrate, InsertFakeQuant
+from zsq.quant import MINMAX_VIT_PASSES
 from zsq.synthesis import InTurn, OptimizeImages, ShiftAndFlip, UniformLabels, WarmUpCosine
-
-PROTOCOL = SIMULATE_ALL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +140,7 @@ PSAQ_VIT = Method(
         schedule=WarmUpCosine(rounds=2, warm_up=0.2),
         clamp=True,
     ),
-    quantizer=(InsertFakeQuant(protocol=PROTOCOL), Calibrate(samples=32, batch_size=32)),
+    quantizer=MINMAX_VIT_PASSES,
     presets={
         "released": {"synthesizer.loss.patch_similarity_entropy.drop": 1},
         "swin": {"synthesizer.lr": 0.25},

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from zsq.core import Batch, Job, Method, Paper, Recipe, RecipeError, Transform, View
 from zsq.losses import CrossEntropy, TotalVariation
-from zsq.methods.psaq_vit import PROTOCOL
-from zsq.quant import Calibrate, InsertFakeQuant
+from zsq.quant import MINMAX_VIT_PASSES
 from zsq.synthesis import OptimizeImages, ShiftAndFlip, UniformLabels
 from zsq.synthesis.sampling import Shift
 
@@ -198,7 +197,7 @@ SMI = Method(
         schedule=None,
         clamp=True,
     ),
-    quantizer=(InsertFakeQuant(protocol=PROTOCOL), Calibrate(samples=32, batch_size=32)),
+    quantizer=MINMAX_VIT_PASSES,
     presets={
         "released": {"synthesizer.patches.mask": FinalAttention()},
         "dense": {"synthesizer.patches": None},

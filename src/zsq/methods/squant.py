@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.core import FLOAT, Method, Paper, Recipe, check_positive
-from zsq.quant import Calibrate, Constant, Ends, InsertFakeQuant, LayerInputs, QuantizationProtocol, Range, Scheme
+from zsq.quant import Calibrate, Constant, Ends, Grid, InsertFakeQuant, LayerInputs, QuantizationProtocol, Range, Scheme
 from zsq.synthesis import Noise, UniformPixels
 
 
@@ -72,7 +72,7 @@ class PositiveSigma(Range):
     def __post_init__(self) -> None:
         check_positive(self, "sigmas")
 
-    def of(self, rows: Tensor, bits: int, scheme: Scheme, signed: bool) -> tuple[Tensor, Tensor]:
+    def of(self, rows: Tensor, bits: int, scheme: Grid, signed: bool) -> tuple[Tensor, Tensor]:
         """The interval; below 6 bits it ends at the largest value seen."""
         spread = [_deviation(row / 1.25 if signed else row[row > 0]) for row in rows]
         high = self.sigmas * torch.stack(spread)

@@ -257,13 +257,14 @@ class LayerTracer(fx.Tracer):
                 for each in (n for n in self.graph.nodes if n in wanted):
                     args = fx.node.map_arg(each.args, known.__getitem__)
                     kwargs = fx.node.map_arg(each.kwargs, known.__getitem__)
-                    known[each] = _perform(each, self.root, args, kwargs)
+                    known[each] = perform(each, self.root, args, kwargs)
         finally:
             self._running = False
         return known[node]
 
 
-def _perform(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
+def perform(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What ``node``, which names things in ``root``, makes of ``args`` and ``kwargs``."""
     if node.op == "call_function":
         return node.target(*args, **kwargs)  # type: ignore[operator]  # a function
     if node.op == "call_method":

@@ -1,8 +1,9 @@
 """Integer grids: granularity, scale and zero point, the ranges behind them, and fake-quantization."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,13 +11,16 @@ from torch import Tensor
 from zsq.core import Recipe, RecipeError, check_counts
 
 __all__ = [
+    "OMSE",
     "Affine",
     "Granularity",
+    "Grid",
     "LpError",
     "MinMax",
     "PerChannel",
     "PerTensor",
     "Percentile",
+    "PercentileSearch",
     "Range",
     "RangeAverage",
     "Scheme",
@@ -29,7 +33,10 @@ _SMALLEST_SCALE = 1e-12
 
 
 class Affine(NamedTuple):
-    """``x_int = round(x / scale) + zero_point`` within ``low .. high``; scale and zero point are (R,), one a row."""
+    """``x_int = round(x / scale) + zero_point`` within ``low .. high``; scale and zero point are (R,), one a row.
+
+    Where levels are not evenly spaced, the kind of grid says what its scale means.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -76,12 +83,49 @@ class PerChannel(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme(Recipe):
-    """The kind of grid."""
+class Grid(Recipe):
+    """The kind of values that a quantized tensor may take."""
+
+    learns: ClassVar[bool] = True
+    """Whether q(x; scale) = scale * q(x / scale; 1): then the scale can be learned by the gradient of LSQ."""
+    granularity: ClassVar[Granularity] = PerTensor()
+
+    def limits(self, bits: int, signed: bool) -> tuple[int, int]:
+        """The least and the largest integer."""
+        return 0, 2**bits - 1
+
+    def widened(self, low: Tensor, high: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+        """The interval ``low .. high`` (R,) that holds zero, as this grid can represent it."""
+        return low, high
+
+    @abstractmethod
+    def over(self, low: Tensor, high: Tensor, bits: int, signed: bool = True) -> Affine:
+        """The grid of 2^``bits`` values for ``low .. high`` (R,)."""
+
+    def suited(self, grid: Affine, rows: Tensor) -> Affine:
+        """``grid`` with all that depends on more of ``rows`` (R, n) than their ends."""
+        return grid
+
+    @abstractmethod
+    def nearest(self, x: Tensor, grid: Affine) -> Tensor:
+        """``x`` on ``grid``, whose scale and zero point broadcast against it."""
+
+    @abstractmethod
+    def ends(self, grid: Affine) -> tuple[Tensor, Tensor]:
+        """The least and the largest value on ``grid``."""
+
+    def candidates(self, grid: Affine, factors: Tensor) -> Tensor:
+        """The scales (F, R) that a search may try: ``factors`` (F,) times that of ``grid``."""
+        return factors[:, None] * grid.scale.reshape(1, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme(Grid):
+    """Evenly spaced values."""
 
     symmetric: bool = False
     """Zero point 0; signed, or unsigned where the data has no negative value. Otherwise an integer zero point."""
-    granularity: Granularity = PerTensor()
+    granularity: Granularity = PerTensor()  # type: ignore[misc]  # a field here, one for all elsewhere
 
     def limits(self, bits: int, signed: bool) -> tuple[int, int]:
         """The least and the largest integer."""
@@ -89,13 +133,32 @@ class Scheme(Recipe):
             return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         return 0, 2**bits - 1
 
+    def widened(self, low: Tensor, high: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+        """``low .. high``, or the interval that mirrors its larger end."""
+        if not self.symmetric:
+            return low, high
+        reach = torch.maximum(-low, high)
+        return (-reach, reach) if signed else (torch.zeros_like(high), high)
+
+    def over(self, low: Tensor, high: Tensor, bits: int, signed: bool = True) -> Affine:
+        """As ``affine``."""
+        return affine(low, high, bits, self, signed)
+
+    def nearest(self, x: Tensor, grid: Affine) -> Tensor:
+        """As ``fake_quantize``."""
+        return fake_quantize(x, *grid)
+
+    def ends(self, grid: Affine) -> tuple[Tensor, Tensor]:
+        """``scale * (low - zero_point)`` and ``scale * (high - zero_point)``."""
+        return grid.scale * (grid.low - grid.zero_point), grid.scale * (grid.high - grid.zero_point)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Range(Recipe):
     """How the interval behind a scale is found."""
 
     @abstractmethod
-    def of(self, rows: Tensor, bits: int, scheme: Scheme, signed: bool) -> tuple[Tensor, Tensor]:
+    def of(self, rows: Tensor, bits: int, scheme: Grid, signed: bool) -> tuple[Tensor, Tensor]:
         """The least and the largest value (R,) to represent, for ``rows`` (R, n); zero lies between them."""
 
 
@@ -103,7 +166,7 @@ class Range(Recipe):
 class MinMax(Range):
     """Everything that was seen."""
 
-    def of(self, rows: Tensor, bits: int, scheme: Scheme, signed: bool) -> tuple[Tensor, Tensor]:
+    def of(self, rows: Tensor, bits: int, scheme: Grid, signed: bool) -> tuple[Tensor, Tensor]:
         """The extremes."""
         return _extremes(rows, scheme, signed)
 
@@ -119,7 +182,7 @@ class Percentile(Range):
         if not 0.5 < self.share <= 1:
             raise RecipeError(f"share must lie in (0.5, 1], got {self.share}")
 
-    def of(self, rows: Tensor, bits: int, scheme: Scheme, signed: bool) -> tuple[Tensor, Tensor]:
+    def of(self, rows: Tensor, bits: int, scheme: Grid, signed: bool) -> tuple[Tensor, Tensor]:
         """The (1 - share) / 2 quantiles at both ends, each rounded outwards to a value that was seen."""
         cut = int((1 - self.share) / 2 * rows.shape[1])
         low = rows.kthvalue(cut + 1, dim=1).values
@@ -135,25 +198,54 @@ class LpError(Range):
     """Exponent; above 2 it weighs clipped outliers more."""
     candidates: int = 100
     """Shares tried: 1, 1 - 1/candidates, ..., 1/candidates."""
+    narrowest: float = 0.0
+    """No share below it is tried."""
 
     def __post_init__(self) -> None:
         check_counts(self, "candidates")
         if self.p <= 0:
             raise RecipeError(f"p must be positive, got {self.p}")
+        if not 0 <= self.narrowest <= 1:
+            raise RecipeError(f"narrowest must lie in [0, 1], got {self.narrowest}")
 
-    def of(self, rows: Tensor, bits: int, scheme: Scheme, signed: bool) -> tuple[Tensor, Tensor]:
+    def of(self, rows: Tensor, bits: int, scheme: Grid, signed: bool) -> tuple[Tensor, Tensor]:
         """The best of the shrunken extremes, row by row; of equals the widest."""
         low, high = _extremes(rows, scheme, signed)
         least = torch.full_like(high, torch.inf)
         share = torch.ones_like(high)
         for step in range(self.candidates):
             tried = 1 - step / self.candidates
-            grid = affine(low * tried, high * tried, bits, scheme, signed)
-            error = fake_quantize(rows, grid.scale[:, None], grid.zero_point[:, None], grid.low, grid.high)
-            mean = error.sub_(rows).abs_().pow_(self.p).mean(1)
+            if tried < self.narrowest - 1e-9:  # the share may be the bound itself, and both are rounded
+                break
+            mean = _error(rows, low * tried, high * tried, bits, scheme, signed, self.p)
             share = torch.where(mean < least, tried, share)
             least = torch.minimum(mean, least)
         return low * share, high * share
+
+
+OMSE = LpError(p=2.0, narrowest=0.11)
+"""Both ends shrunk by 0 to 89 %, whatever leaves the least squared error (FQ-ViT, PTQ for ViT)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PercentileSearch(Range):
+    """The pair of quantiles with the least squared error after rounding to nearest, row by row (RepQ-ViT, ERQ)."""
+
+    shares: tuple[float, ...] = (0.999, 0.9999, 0.99999)
+    """Of the values of a row, those below its upper end; as many lie above its lower end."""
+
+    def __post_init__(self) -> None:
+        if not self.shares or not all(0.5 < share <= 1 for share in self.shares):
+            raise RecipeError(f"shares must lie in (0.5, 1], got {self.shares}")
+
+    def of(self, rows: Tensor, bits: int, scheme: Grid, signed: bool) -> tuple[Tensor, Tensor]:
+        """The best of the pairs; of equals the first."""
+        pairs = zip(_upper_quantiles(-rows, self.shares), _upper_quantiles(rows, self.shares), strict=True)
+        tried = [_extremes(torch.stack([-low, high], 1), scheme, signed) for low, high in pairs]
+        errors = torch.stack([_error(rows, *ends, bits, scheme, signed, 2.0) for ends in tried])  # (P, R)
+        best = errors.argmin(0, keepdim=True)
+        low, high = (torch.stack(ends).gather(0, best)[0] for ends in zip(*tried, strict=True))
+        return low, high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +300,25 @@ def fake_quantize(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, 
     return (x / scale).round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
 
 
-def _extremes(rows: Tensor, scheme: Scheme, signed: bool) -> tuple[Tensor, Tensor]:
+def _extremes(rows: Tensor, scheme: Grid, signed: bool) -> tuple[Tensor, Tensor]:
     """Least and largest value of each row, widened to hold zero, and to mirror each other where the grid does."""
-    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
-    if not scheme.symmetric:
-        return low, high
-    reach = torch.maximum(-low, high)
-    return (-reach, reach) if signed else (torch.zeros_like(high), high)
+    return scheme.widened(rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0), signed)
+
+
+def _error(rows: Tensor, low: Tensor, high: Tensor, bits: int, scheme: Grid, signed: bool, p: float) -> Tensor:
+    """Mean |x - q(x)|^p of each row (R,) on the grid over ``low .. high`` (R,)."""
+    grid = scheme.over(low, high, bits, signed)
+    columns = grid._replace(scale=grid.scale[:, None], zero_point=grid.zero_point[:, None])
+    return scheme.nearest(rows, columns).sub_(rows).abs_().pow_(p).mean(1)
+
+
+def _upper_quantiles(rows: Tensor, shares: tuple[float, ...]) -> list[Tensor]:
+    """What ``shares`` of each row lie below, (R,) each, between two values linearly; sorts the upper tail only."""
+    last = rows.shape[1] - 1
+    places = [(1 - share) * last for share in shares]  # counted from the largest value
+    tail = rows.topk(min(last, math.floor(max(places)) + 1) + 1, 1).values
+    lower = [min(math.floor(place) + 1, last) for place in places]
+    return [
+        torch.lerp(tail[:, math.floor(place)], tail[:, next_], place - math.floor(place))
+        for place, next_ in zip(places, lower, strict=True)
+    ]

@@ -1,23 +1,26 @@
 """The passes that put quantizers into a student, and that find the ranges of its activations."""
 
+import contextlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from zsq.core import FLOAT, Job, Recipe, Source, check_counts, look
 from zsq.nets.folding import fold_batchnorms
 from zsq.nets.graph import hidden_layers, layers
+from zsq.nets.tracing import LAYERS
 from zsq.quant.grid import MinMax, Range
 from zsq.quant.placement import MINMAX_PTQ, Edge, QuantizationProtocol, seen_through
-from zsq.quant.quantizers import ActivationQuantizer, activation_quantizers, quantize_weight
+from zsq.quant.quantizers import ActivationQuantizer, activation_quantizers, float_mode, quantize_weight
 from zsq.quant.rounding import Nearest, Rounding
 
 __all__ = [
     "Calibrate",
     "FoldBatchNorm",
     "InsertFakeQuant",
+    "complete",
     "edge_of",
     "fold",
     "insert_activation_quantizer",
@@ -56,6 +59,7 @@ class InsertFakeQuant(Recipe):
         if protocol.fold:
             fold(graph)
         edges = protocol.placement.edges(graph)
+        grids = {edge.source: protocol.grid(edge.source) for edge in edges}
         every, hidden = layers_in_order(graph), hidden_layers(graph)
         for position, layer in enumerate(every.values()):
             bits = protocol.ends.weights(position, len(every), job.bits.weights)
@@ -63,8 +67,9 @@ class InsertFakeQuant(Recipe):
                 quantize_weight(layer, bits, protocol.weights, self.range, self.rounding, self.follow)
         for edge in edges:
             bits = self._edge_bits(edge, list(every), job.bits.activations)
-            if bits != FLOAT:
-                insert_activation_quantizer(graph, edge, ActivationQuantizer(bits, protocol.activations))
+            grid = grids[edge.source]
+            if bits != FLOAT and grid is not None:
+                insert_activation_quantizer(graph, edge, ActivationQuantizer(bits, grid))
         for name, layer in hidden.items():
             bits = self._input_bits([name], list(every), job.bits.activations)
             if bits != FLOAT:
@@ -85,13 +90,15 @@ class InsertFakeQuant(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Recipe):
-    """Set activation ranges from images, each one behind layers that are already quantized.
+    """Set activation ranges from images.
 
     Of an image that is to be seen by some of its tokens, a transformer sees those alone.
     """
 
     range: Range = MinMax()
     """How the range of a batch is found; later batches widen it."""
+    inputs: Literal["quantized", "float"] = "quantized"
+    """Whether an edge is seen behind layers that are quantized already, or as the teacher computes it."""
     samples: int = 256
     """Images to look at, at most."""
     batch_size: int = 256
@@ -108,7 +115,8 @@ class Calibrate(Recipe):
             return
         for quantizer in quantizers.values():
             quantizer.observe(self.range)
-        with torch.no_grad():
+        seeing = float_mode(job.student) if self.inputs == "float" else contextlib.nullcontext()
+        with torch.no_grad(), seeing:
             for batch in source.batches(self.batch_size, self.samples):
                 look(job.student, batch.images, frozenset(), job.teacher.landmarks, batch.tokens)
         for quantizer in quantizers.values():
@@ -120,6 +128,30 @@ def fold(graph: fx.GraphModule) -> None:
     if "moments" not in graph.meta:
         graph.meta["moments"] = fold_batchnorms(graph)
         graph.meta.setdefault("edits", []).append(["fold"])
+
+
+def complete(graph: fx.GraphModule, name: str) -> None:
+    """Give the layer ``name``, in place, a bias of 0 (and a LayerNorm a weight of 1) if it has none.
+
+    Noted, so that a student from a file has them too.
+    """
+    layer = graph.get_submodule(name)
+    device = next((parameter.device for parameter in graph.parameters()), None)
+    missing: dict[str, Tensor] = {}
+    if isinstance(layer, nn.LayerNorm) and layer.weight is None:
+        missing["weight"] = torch.ones(layer.normalized_shape, device=device)
+    if layer.bias is None:
+        size = layer.normalized_shape if isinstance(layer, nn.LayerNorm) else (_outputs(layer),)
+        missing["bias"] = torch.zeros(size, device=device)
+    for kind, value in missing.items():
+        setattr(layer, kind, nn.Parameter(value, requires_grad=False))
+    if missing:
+        graph.meta.setdefault("edits", []).append(["complete", name])
+
+
+def _outputs(layer: nn.Module) -> int:
+    assert isinstance(layer, LAYERS)
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def layers_in_order(graph: fx.GraphModule) -> dict[str, nn.Module]:

@@ -53,10 +53,8 @@ class BNRanges(Recipe):
             if isinstance(quantizer, ActivationQuantizer):
                 spread = known[node]
                 low, high = spread.low.min().clamp(max=0), spread.high.max().clamp(min=0)
-                if quantizer.scheme.symmetric and low < 0:
-                    high = torch.maximum(-low, high)
-                    low = -high
-                quantizer.set_range(low, high, signed=bool(low < 0))
+                signed = bool(low < 0)
+                quantizer.set_range(*quantizer.scheme.widened(low, high, signed), signed)
 
 
 def clipped_normal(mean: Tensor, var: Tensor, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:

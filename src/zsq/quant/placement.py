@@ -1,24 +1,30 @@
 """Where quantizers sit: edges of the graph, the widths at its two ends, and the protocols that papers report under."""
 
+import copy
 import operator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from zsq.core import FLOAT, Recipe, RecipeError
 from zsq.nets.clip import ChannelClip
-from zsq.nets.graph import consumers, hidden_layers, layers, matmuls, module_of, preserves_value
-from zsq.quant.grid import PerChannel, PerTensor, Scheme
+from zsq.nets.graph import consumers, hidden_layers, layers, matmuls, module_of, preserves_value, producer
+from zsq.nets.tracing import asks_size, perform
+from zsq.quant.grid import Grid, PerChannel, PerTensor, Scheme
+from zsq.quant.nonuniform import LogSqrt2
 from zsq.quant.quantizers import ActivationQuantizer
 
 __all__ = [
+    "DEPLOY_VIT",
     "MINMAX_PTQ",
+    "MINMAX_VIT",
     "PROTOCOLS",
     "PTQ_8BIT_ENDS",
     "QAT_LOWBIT_ALL",
+    "REPQ_VIT",
     "SIMULATE_ALL",
     "AfterActivations",
     "Edge",
@@ -29,7 +35,9 @@ __all__ = [
     "QuantizationProtocol",
     "float_tensors",
     "is_activation",
+    "made_by",
     "moves_values",
+    "normalized_linears",
     "seen_through",
 ]
 
@@ -88,14 +96,23 @@ class LayerInputs(Recipe):
 class EveryEdge(Recipe):
     """Every computed tensor once: the input, each layer after its normalisation and activation, sums, pools ..."""
 
+    logits: bool = False
+    """Also what the network puts out."""
+    constants: bool = False
+    """Also parameters that are added: position embeddings, tables of position biases."""
+
     def edges(self, graph: fx.GraphModule) -> list[Edge]:
-        """One edge for each tensor that is not taken up at once by a normalisation, an activation or a view."""
+        """One edge for each tensor that is not taken up at once by a normalisation, an activation, a view or a mask."""
         return [
             Edge(node, readers)
             for node in graph.graph.nodes
-            if "shape" in node.meta and node.op not in ("get_attr", "output") and not moves_values(node)
-            if (readers := tuple(user for user in node.users if user.op != "output" and not _fuses(node, user)))
+            if "shape" in node.meta and node.op != "output" and not _keeps_grid(node) and not _masks(node)
+            if node.op != "get_attr" or (self.constants and _is_parameter(node) and _is_added(node))
+            if (readers := tuple(user for user in node.users if self._reads(node, user)))
         ]
+
+    def _reads(self, node: fx.Node, user: fx.Node) -> bool:
+        return self.logits if user.op == "output" else not _fuses(node, user)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +155,26 @@ class QuantizationProtocol(Recipe):
     ends: Ends = Ends()
     weights: Scheme = Scheme(granularity=PerChannel())
     activations: Scheme = Scheme(granularity=PerTensor())
+    probabilities: Grid | Literal["float"] | None = None
+    """What a softmax makes; None is as all other activations."""
+    gelus: Grid | Literal["float"] | None = None
+    """What a GELU makes."""
+    norms: Grid | Literal["float"] | None = None
+    """What a LayerNorm makes where only linears read it."""
     fold: bool = False
     """Fold BatchNorm into the layers before quantizing them."""
+
+    def grid(self, source: fx.Node) -> Grid | None:
+        """What a quantizer of ``source`` rounds to; None where it stays float."""
+        origin = made_by(source)
+        chosen: Grid | Literal["float"] | None = None
+        if _is_softmax(origin):
+            chosen = self.probabilities
+        elif isinstance(module_of(origin), nn.GELU) or origin.target is F.gelu:
+            chosen = self.gelus
+        elif normalized_linears(origin):
+            chosen = self.norms
+        return None if chosen == "float" else chosen or self.activations
 
 
 MINMAX_PTQ = QuantizationProtocol(name="minmax-ptq", placement=AfterActivations())
@@ -152,7 +187,31 @@ PTQ_8BIT_ENDS = QuantizationProtocol(
 QAT_LOWBIT_ALL = QuantizationProtocol(name="qat-lowbit-all", placement=AfterActivations())
 SIMULATE_ALL = QuantizationProtocol(name="simulate-all", placement=EveryEdge(), fold=True)
 
-PROTOCOLS = {protocol.name: protocol for protocol in (MINMAX_PTQ, PTQ_8BIT_ENDS, QAT_LOWBIT_ALL, SIMULATE_ALL)}
+MINMAX_VIT = QuantizationProtocol(
+    name="minmax-vit",
+    placement=EveryEdge(logits=True, constants=True),
+    weights=Scheme(symmetric=True, granularity=PerChannel()),
+    probabilities="float",
+)
+REPQ_VIT = QuantizationProtocol(
+    name="repq-vit",
+    placement=LayerInputs(),
+    ends=Ends(first_input=8),
+    probabilities=LogSqrt2(),
+    norms=Scheme(granularity=PerChannel()),
+)
+DEPLOY_VIT = QuantizationProtocol(
+    name="deploy-vit",
+    placement=LayerInputs(),
+    ends=Ends(first_weights=FLOAT, first_input=FLOAT),
+    weights=Scheme(symmetric=True, granularity=PerChannel()),
+    fold=True,
+)
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (MINMAX_PTQ, PTQ_8BIT_ENDS, QAT_LOWBIT_ALL, SIMULATE_ALL, MINMAX_VIT, REPQ_VIT, DEPLOY_VIT)
+}
 
 
 def is_activation(node: fx.Node) -> bool:
@@ -165,21 +224,22 @@ def is_activation(node: fx.Node) -> bool:
 
 
 def float_tensors(graph: fx.GraphModule) -> list[str]:
-    """The operands of layers, products, sums and concatenations that no quantizer touches, as ``reader <- value``.
+    """The operands of layers, products, sums, LayerNorm and so on that no quantizer touches, as ``reader <- value``.
 
     The input of a layer inside an untraced module counts as quantized once the range of its quantizer is known.
     """
     readers = [*layers(graph), *(product.node for product in matmuls(graph))]
-    readers += [node for node in graph.graph.nodes if node.target in _ARITHMETIC]
+    readers += [node for node in graph.graph.nodes if node.target in _ARITHMETIC or _is_softmax(node)]
+    readers += [node for node in graph.graph.nodes if isinstance(module_of(node), nn.LayerNorm)]
     left = []
     for reader in dict.fromkeys(readers):
         for source in reader.all_input_nodes:
             origin = source
-            while moves_values(origin) and origin.all_input_nodes:
+            while (_keeps_grid(origin) or _masks(origin)) and origin.all_input_nodes:
                 origin = origin.all_input_nodes[0]
             quantized = isinstance(module_of(origin), ActivationQuantizer)
             if "shape" in source.meta and origin.op != "get_attr" and not quantized:
-                left.append(f"{_label(reader)} <- {_label(source)}")
+                left.append(f"{_label(reader)} <- {_label(_seen_back(source))}")
     hidden = {name: getattr(layer, "input_quantizer", None) for name, layer in hidden_layers(graph).items()}
     return left + [f"{name} <- input" for name, each in hidden.items() if each is None or not each.ready]
 
@@ -199,8 +259,9 @@ def _fuses(node: fx.Node, user: fx.Node) -> bool:
 
 
 _MOVING_METHODS = {"view", "reshape", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "contiguous", "chunk"}
+_MOVING_METHODS |= {"unbind", "split", "expand", "select", "roll", "unflatten"}
 _MOVING_FUNCTIONS = {torch.flatten, torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze, torch.reshape}
-_MOVING_FUNCTIONS |= {operator.getitem, torch.chunk, torch.split, F.max_pool2d, torch.roll, F.pad}
+_MOVING_FUNCTIONS |= {operator.getitem, torch.chunk, torch.split, torch.unbind, F.max_pool2d, torch.roll, F.pad}
 _MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.MaxPool2d, nn.ChannelShuffle, nn.ZeroPad2d)
 
 
@@ -209,6 +270,92 @@ def moves_values(node: fx.Node) -> bool:
     if preserves_value(node) or isinstance(module_of(node), _MOVING_MODULES):
         return True
     return node.target in (_MOVING_METHODS if node.op == "call_method" else _MOVING_FUNCTIONS)
+
+
+def _keeps_grid(node: fx.Node) -> bool:
+    """Whether what ``node`` makes lies on the grid of what it reads, or on that grid times one number."""
+    scales = node.target in (operator.mul, torch.mul, operator.truediv, torch.div) and isinstance(node.args[0], fx.Node)
+    return moves_values(node) or (scales and isinstance(node.args[1], int | float))
+
+
+def made_by(node: fx.Node) -> fx.Node:
+    """The node that computes the values of ``node``, seen through all that only moves them."""
+    while moves_values(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def normalized_linears(node: fx.Node) -> list[fx.Node]:
+    """The linears that read the channels of the LayerNorm ``node``, if nothing else reads them; quantized or not.
+
+    Found by a probe: with weights 0 and biases 1 .. C the LayerNorm puts out the numbers of the channels, and these
+    must arrive along the last dimension of every reader. So views, rolls and permutations may lie between, but no
+    padding; and no selection, as of one token, whose few values say little about the range of a channel.
+    """
+    norm = module_of(node)
+    if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
+        return []
+    graph = node.graph.owning_module
+    assert graph is not None
+    numbered = copy.deepcopy(norm).cpu()
+    numbers = torch.arange(1.0, norm.normalized_shape[0] + 1)
+    numbered.weight, numbered.bias = nn.Parameter(torch.zeros_like(numbers)), nn.Parameter(numbers)
+    found = []
+    with torch.no_grad():
+        values: dict[fx.Node, Any] = {node: numbered(torch.zeros(node.all_input_nodes[0].meta["shape"]))}
+        for reader in node.graph.nodes:
+            inputs = reader.all_input_nodes
+            if not any(each in values for each in inputs):
+                continue
+            value: Any = values.get(inputs[0])
+            if isinstance(module_of(reader), nn.Linear):
+                if value.shape[-1:] != numbers.shape or not torch.equal(value, numbers.expand_as(value)):
+                    return []
+                found.append(reader)
+            elif isinstance(module_of(reader), ActivationQuantizer):
+                values[reader] = value
+            elif all(each in values for each in inputs) and (asks_size(reader) or _rearranges(reader, value)):
+                args, kwargs = (fx.node.map_arg(each, values.__getitem__) for each in (reader.args, reader.kwargs))
+                values[reader] = perform(reader, graph, args, kwargs)
+            else:
+                return []
+    return found
+
+
+def _rearranges(node: fx.Node, value: Any) -> bool:
+    """Whether ``node`` moves all of ``value``, or takes a number out of its size."""
+    return moves_values(node) and (node.target is not operator.getitem or not isinstance(value, Tensor))
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    return isinstance(module_of(node), nn.Softmax) or node.target in (torch.softmax, F.softmax, "softmax")
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    return isinstance(operator.attrgetter(str(node.target))(node.graph.owning_module), nn.Parameter)
+
+
+def _is_added(node: fx.Node) -> bool:
+    return any(user.target in _ADDS or (moves_values(user) and _is_added(user)) for user in node.users)
+
+
+_HIDDEN_SCORE = -100.0
+"""What a mask adds to an attention score, or less, so that its probability is 0 (Swin; others add infinity)."""
+
+
+def _masks(node: fx.Node) -> bool:
+    """Whether ``node`` hides attention scores: a range that holds what it writes would have no resolution left."""
+    if node.target in ("masked_fill", torch.masked_fill):
+        return True
+    constants = [made_by(each) for each in node.all_input_nodes] if node.target in _ADDS else []
+    values = [
+        operator.attrgetter(str(each.target))(node.graph.owning_module) for each in constants if each.op == "get_attr"
+    ]
+    return any(value.min() <= _HIDDEN_SCORE for value in values)
+
+
+def _seen_back(node: fx.Node) -> fx.Node:
+    return producer(node) if preserves_value(node) else node
 
 
 def _label(node: fx.Node) -> str:

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from zsq.quant.grid import Affine, Range, RangeAverage, Scheme, affine, fake_quantize
+from zsq.quant.grid import Affine, Grid, Range, RangeAverage, Scheme, affine
 from zsq.quant.rounding import Constant, LearnedRounding, Rounding
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "mix",
     "quantize_weight",
     "random_mask",
+    "refit",
     "weight_quantizer",
     "weight_quantizers",
 ]
@@ -57,6 +59,8 @@ class WeightQuantizer(nn.Module):
         self.enabled = True
         self.refit: Callable[[Tensor], Affine] | None = None
         """Finds the grid anew at each step of training, where it follows the weight."""
+        self.again: Callable[[Tensor], WeightQuantizer] | None = None
+        """Fits a quantizer to another weight of this layer, in the way in which this one was fitted."""
 
     @classmethod
     def fit(
@@ -74,6 +78,9 @@ class WeightQuantizer(nn.Module):
         decided = rounding.build(weight / grid.scale, grid.low - grid.zero_point, grid.high - grid.zero_point)
         quantizer = cls(bits, grid.low, grid.high, grid.scale, grid.zero_point, decided, None)
         quantizer.refit = grid_of if follow else None
+        quantizer.again = partial(
+            cls.fit, bits=bits, scheme=scheme, span=span, rounding=rounding, axis=axis, follow=follow
+        )
         return quantizer
 
     def integers(self, weight: Tensor) -> Tensor:
@@ -121,16 +128,19 @@ class WeightQuantizer(nn.Module):
 
 
 class ActivationQuantizer(nn.Module):
-    """Fake-quantizes the value on one edge, per tensor, once its range is known; until then the value passes."""
+    """Fake-quantizes the value on one edge, once its range is known; until then the value passes.
 
+    With a grid for each channel these are the last dimension, as behind a LayerNorm.
+    """
+
+    scale: nn.Parameter
     zero_point: Tensor
 
-    def __init__(self, bits: int, scheme: Scheme) -> None:
+    def __init__(self, bits: int, scheme: Grid) -> None:
         super().__init__()
         self.bits, self.scheme = bits, scheme
         self.low, self.high = scheme.limits(bits, signed=False)
-        self.scale = nn.Parameter(torch.tensor(1.0), requires_grad=False)
-        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.resize(())
         self.enabled = True
         self.ready = False
         self.drop = 0.0
@@ -144,6 +154,12 @@ class ActivationQuantizer(nn.Module):
         self._ends: tuple[Tensor, Tensor] | None = None
         self._seen = 0
 
+    def resize(self, shape: tuple[int, ...]) -> None:
+        """Make room for a scale of ``shape``: () for one, (C,) for one a channel."""
+        device = self.scale.device if hasattr(self, "scale") else None
+        self.scale = nn.Parameter(torch.ones(shape, device=device), requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
+
     def observe(self, span: Range | None, average: RangeAverage | None = None) -> None:
         """Find the range of whatever passes from now on by ``span``: of all, or a moving ``average``; None stops."""
         self._range, self._average = span, average
@@ -152,58 +168,64 @@ class ActivationQuantizer(nn.Module):
 
     def range_state(self) -> dict[str, Any]:
         """What observing has found, for a checkpoint."""
-        ends = () if self._ends is None else tuple(end.item() for end in self._ends)
+        ends = () if self._ends is None else tuple(end.tolist() for end in self._ends)
         kept = {"scale": self.scale.detach().clone(), "zero_point": self.zero_point.clone(), "low": self.low}
         return {**kept, "ready": self.ready, "signed": self._signed, "seen": self._seen, "ends": list(ends)}
 
     def restore_range(self, state: dict[str, Any]) -> None:
         """Go on from what ``range_state`` said."""
-        with torch.no_grad():
-            self.scale.copy_(state["scale"])
-            self.zero_point.copy_(state["zero_point"])
-        self.low, self.high = state["low"], state["low"] + 2**self.bits - 1
+        self._take(Affine(state["scale"], state["zero_point"], state["low"], state["low"] + 2**self.bits - 1))
         self.ready, self._signed, self._seen = state["ready"], state["signed"], state["seen"]
         if state["ends"]:
             low, high = (self.scale.new_tensor(end) for end in state["ends"])
             self._ends = low, high
 
     def set_range(self, low: Tensor, high: Tensor, signed: bool = True) -> None:
-        """Represent ``low .. high`` (scalars)."""
-        grid = affine(low.reshape(1), high.reshape(1), self.bits, self.scheme, signed)
-        self.low, self.high = grid.low, grid.high
-        with torch.no_grad():
-            self.scale.copy_(grid.scale[0])
-            self.zero_point.copy_(grid.zero_point[0])
+        """Represent ``low .. high``: scalars, or (C,) with a grid for each channel."""
+        self.set_grid(self.scheme.over(low.reshape(-1), high.reshape(-1), self.bits, signed))
+
+    def set_grid(self, grid: Affine) -> None:
+        """Use ``grid`` from now on; a scale (1,) is one for all."""
+        one = grid.scale.numel() == 1
+        self._take(grid._replace(scale=grid.scale.reshape(()), zero_point=grid.zero_point.reshape(())) if one else grid)
         self.ready = True
 
+    @property
+    def grid(self) -> Affine:
+        """The grid as it is now."""
+        return Affine(self.scale, self.zero_point, self.low, self.high)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` of any shape on the grid, without a gradient."""
+        with torch.no_grad():
+            return self.scheme.nearest(x, self.grid)
+
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` of any shape on the grid."""
-        if not self.enabled:
-            return x
+        """``x`` of any shape on the grid; an observed value also passes where the quantizer is not enabled."""
         if self._range is not None:
             self._widen(x.detach(), self._range)
-        if not self.ready:
+        if not self.enabled or not self.ready:
             return x
         keep = None
         if self.drop:
             keep = random_mask(x, self.drop, self.rng)
+        y = self.rounded(x)
         if torch.is_grad_enabled() and x.requires_grad and not (self.clips_gradient or self.scale.requires_grad):
-            with torch.no_grad():
-                rounded = fake_quantize(x, self.scale, self.zero_point, self.low, self.high)
-            passed: Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]  # autograd's functions are
+            passed: Tensor = _StraightThrough.apply(x, y)  # type: ignore[no-untyped-call]  # autograd's functions are
             return passed
         if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
-            step = (x, self.scale, self.zero_point, self.low, self.high, keep)
-            y: Tensor = _LearnedStep.apply(*step)  # type: ignore[no-untyped-call]  # autograd's functions are
-            return y
-        y = fake_quantize(x, self.scale, self.zero_point, self.low, self.high)
+            scale = self.scale if self.scheme.learns else self.scale.detach()
+            with torch.no_grad():
+                ends = self.scheme.ends(self.grid)
+            stepped: Tensor = _LearnedStep.apply(x, scale, y, *ends, keep)  # type: ignore[no-untyped-call]  # as above
+            return stepped
         return y if keep is None else mix(x, y, keep)
 
     def _widen(self, x: Tensor, span: Range) -> None:
-        rows = x.reshape(1, -1)
+        rows = self.scheme.granularity.rows(x, -1)
         if self._ends is None:  # the first batch decides whether the grid is signed
             self._signed = bool(rows.min() < 0)
-        low, high = (end[0] for end in span.of(rows, self.bits, self.scheme, self._signed))
+        low, high = span.of(rows, self.bits, self.scheme, self._signed)
         self._seen += 1
         if self._average is not None:
             self._ends = self._average.update(self._ends, (low, high), self._seen)
@@ -212,7 +234,15 @@ class ActivationQuantizer(nn.Module):
             self._ends = low, high = torch.minimum(low, self._ends[0]), torch.maximum(high, self._ends[1])
         else:
             self._ends = low, high
-        self.set_range(low, high, self._signed)
+        self.set_grid(self.scheme.suited(self.scheme.over(low, high, self.bits, self._signed), rows))
+
+    def _take(self, grid: Affine) -> None:
+        if self.scale.shape != grid.scale.shape:
+            self.resize(tuple(grid.scale.shape))
+        self.low, self.high = grid.low, grid.high
+        with torch.no_grad():
+            self.scale.copy_(grid.scale)
+            self.zero_point.copy_(grid.zero_point)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -228,17 +258,15 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _LearnedStep(torch.autograd.Function):
-    """Fake-quantization with the gradients of LSQ (Esser et al. 2020) without its gradient scale factor.
+    """The rounded value ``y`` of ``x`` with the gradients of LSQ (Esser et al. 2020) without its gradient scale factor.
 
     d/dx is 1 inside the grid and 0 outside; d/ds is q(x)/s - x/s inside and q(x)/s outside. Kept elements pass.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, keep: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]  # autograd's signature is untyped
-        y = fake_quantize(x, scale, zero_point, low, high)
-        ends = scale * (low - zero_point), scale * (high - zero_point)
-        ctx.save_for_backward(x, y, scale, *ends, keep)
-        return y if keep is None else mix(x, y, keep)
+    def forward(ctx, x: Tensor, scale: Tensor, y: Tensor, low: Tensor, high: Tensor, keep: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]  # autograd's signature is untyped
+        ctx.save_for_backward(x, y, scale, low, high, keep)
+        return y.view_as(y) if keep is None else mix(x, y, keep)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # as above
@@ -246,8 +274,15 @@ class _LearnedStep(torch.autograd.Function):
         kept = None if keep is None else grad * keep
         rounded = grad if kept is None else grad - kept
         inside = rounded * ((x >= low) & (x <= high))
-        by_scale = (torch.vdot(rounded.flatten(), y.flatten()) - torch.vdot(inside.flatten(), x.flatten())) / scale
+        by_scale = None
+        if ctx.needs_input_grad[1]:
+            by_scale = _sums(rounded, y, scale).sub_(_sums(inside, x, scale)) / scale
         return inside if kept is None else inside.add_(kept), by_scale, None, None, None, None
+
+
+def _sums(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """The sum of ``a * b``, or one for each channel where ``like`` (C,) is."""
+    return torch.vdot(a.flatten(), b.flatten()) if like.dim() == 0 else (a * b).sum_to_size(like.shape)
 
 
 def random_mask(x: Tensor, share: float, rng: torch.Generator | None) -> Tensor:
@@ -308,6 +343,16 @@ def float_weight(layer: nn.Module) -> Tensor:
         weight = layer.get_parameter("parametrizations.weight.original")
     assert isinstance(weight, Tensor)
     return weight
+
+
+def refit(layer: nn.Module) -> None:
+    """Fit the quantizer of the weight of ``layer``, if it has one, to what that weight is now, in place."""
+    quantizer = weight_quantizer(layer)
+    if quantizer is not None:
+        assert quantizer.again is not None
+        home = layer.get_submodule("parametrizations.weight")
+        assert isinstance(home, nn.ModuleList)
+        home[0] = quantizer.again(float_weight(layer).detach())
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -73,7 +73,7 @@ class ReconstructBlocks(Recipe):
 
     def _fit(
         self, part: fx.GraphModule, exact: Tensor, quantized: Tensor, target: Tensor, job: Job, name: str
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Learn one block on inputs ``exact`` and ``quantized`` (N, ...); returns its state."""
         weights = [quantizer for _, quantizer in weight_quantizers(part).values()]
         rounding = [quantizer.rounding for quantizer in weights if isinstance(quantizer.rounding, LearnedRounding)]
@@ -146,23 +146,26 @@ def _in_batches(part: nn.Module, images: Tensor, size: int = 64) -> Tensor:
         return torch.cat([part(images[first : first + size]) for first in range(0, len(images), size)])
 
 
-def _state(part: nn.Module) -> dict[str, Tensor]:
-    """What was learned and observed: the scales, zero points and rounding variables, and the ends of the grids."""
-    learned = ("scale", "zero_point", "logits")
-    state = {name: value.detach().clone() for name, value in part.state_dict().items() if name.endswith(learned)}
-    for name, quantizer in activation_quantizers(part).items():
-        state[f"{name}.low"] = torch.tensor(quantizer.low)
-    return state
+def _state(part: nn.Module) -> dict[str, Any]:
+    """What was learned and observed: scales and rounding variables of weights, and the grids of activations."""
+    ranges = {name: quantizer.range_state() for name, quantizer in activation_quantizers(part).items()}
+    weights = {
+        name: {key: value.detach().clone() for key, value in quantizer.state_dict().items() if key in _LEARNED}
+        for name, (_, quantizer) in weight_quantizers(part).items()
+    }
+    return {"weights": weights, "ranges": ranges}
 
 
-def _install(part: nn.Module, state: dict[str, Tensor]) -> None:
+_LEARNED = ("scale", "zero_point", "rounding.logits")
+
+
+def _install(part: nn.Module, state: dict[str, Any]) -> None:
     """Give ``part`` what was learned, and end the learning: rounding hard, nothing dropped."""
     for name, quantizer in activation_quantizers(part).items():
-        low = int(state[f"{name}.low"])
-        quantizer.low, quantizer.high = low, low + 2**quantizer.bits - 1
+        quantizer.restore_range(state["ranges"][name])
         quantizer.drop, quantizer.rng, quantizer.ready = 0.0, None, True
-    part.load_state_dict({name: value for name, value in state.items() if not name.endswith(".low")}, strict=False)
-    for _, weights in weight_quantizers(part).values():
+    for name, (_, weights) in weight_quantizers(part).items():
+        weights.load_state_dict(state["weights"][name], strict=False)
         if isinstance(weights.rounding, LearnedRounding):
             weights.rounding.hard = True
     part.requires_grad_(False)

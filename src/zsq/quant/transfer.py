@@ -11,7 +11,7 @@ from zsq.nets.chains import Link, equalizable_chains, make_equivariant, scale_ch
 from zsq.nets.folding import Moments, output_first
 from zsq.nets.graph import layers, module_of
 from zsq.nets.tracing import LAYERS
-from zsq.quant.layers import fold
+from zsq.quant.layers import complete, fold
 from zsq.quant.moments import spreads, through_layer
 from zsq.quant.placement import is_activation
 from zsq.quant.quantizers import float_weight, weight_quantizer
@@ -110,11 +110,9 @@ class CorrectBiases(Recipe):
                 continue
             error = (_weight(layer) - float_weight(layer)).detach()
             shift = through_layer(layer, known[node.all_input_nodes[0]].mean, weight=error)
+            complete(graph, str(node.target))
             with torch.no_grad():
-                if layer.bias is None:
-                    layer.bias = nn.Parameter(-shift, requires_grad=False)
-                else:
-                    layer.bias -= shift  # type: ignore[operator]  # a Parameter
+                layer.bias -= shift  # type: ignore[operator]  # a Parameter
 
 
 def _equalize(graph: fx.GraphModule, link: Link) -> float:
