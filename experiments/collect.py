@@ -40,6 +40,8 @@ def main() -> None:
         name = f"{model}-{metrics['method'].replace('+', '-on-')}-{metrics['bits'].lower()}-{metrics['seed']}"
         if metrics["preset"] != "paper":
             name += f"-{metrics['preset']}"
+        if metrics["precision"] != "float32":
+            name += f"-{metrics['precision']}"
         if metrics["protocol"] != protocol_of(find_method(metrics["method"])).name:
             name += f"-{metrics['protocol']}"
         if metrics["overrides"]:

@@ -295,22 +295,25 @@ class _Perturbed(_Once):
         self.beside = None if recipe.beside is None else start(recipe.beside, job)
         self.beside_needs = frozenset[str]() if recipe.beside is None else needs(recipe.beside)
         self.totals = (self.clean, self.moved) if self.beside is None else (self.clean, self.moved, self.beside)
+        self.learning = [parameter for parameter in job.student.parameters() if parameter.requires_grad]
 
     def __call__(self, batch: Batch) -> Tensor:
         images = batch.images.detach().requires_grad_()
         view = self.view(replace(batch, images=images, logits=None), self.needs | self.beside_needs)
         value = self.clean(view)
-        value.backward(retain_graph=self.beside is not None)  # the student's gradients and the direction at once
-        assert images.grad is not None
+        if self.beside is None:
+            value.backward()  # the student's gradients and the direction at once
+            direction = images.grad
+        else:  # the direction alone, then the student's gradients of both sums in one pass
+            (direction,) = torch.autograd.grad(value, images, retain_graph=True)
+            value = value + self.beside(view)
+            value.backward(inputs=self.learning)
+        assert direction is not None
         further = Batch(
-            images.detach() + self.recipe.epsilon * images.grad.sign(),
+            images.detach() + self.recipe.epsilon * direction.sign(),
             view.labels if view.labelled else None,
             tokens=batch.tokens,
         )
-        if self.beside is not None:
-            aside = self.beside(view)
-            aside.backward()
-            value = value.detach() + aside.detach()
         harder = self.recipe.weight * self.moved(self.job.view(further, self.moved_needs))
         harder.backward()
         return value.detach() + harder.detach()
