@@ -124,7 +124,7 @@ def test_what_is_left_in_float_is_listed_and_nothing_else(resnet, job_of, apply)
         "ptq-8bit-ends": ["stem.0 <- images", *sums],
         "qat-lowbit-all": ["stem.0 <- images", "head <- flatten", *sums],
         "simulate-all": [],
-        **dict.fromkeys([*DEPLOYED, "deploy"], []),
+        **{name: [] for name in (*DEPLOYED, "deploy")},
     }
     for name, protocol in PROTOCOLS.items():
         assert float_tensors(quantized(job_of, apply, resnet, protocol)) == expected[name]

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -81,8 +82,16 @@ def onnx_bytes(
     return content
 
 
+def narrowed(codes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], int] | None:
+    """``codes`` as 4-bit integers times a power of two, if they are that."""
+    bits = int(np.bitwise_or.reduce(codes.astype(np.uint8), axis=None))
+    factor = bits & -bits or 1  # the lowest bit that any of them has
+    narrow = codes // factor
+    return (narrow, factor) if narrow.min() >= -8 and narrow.max() <= 7 else None
+
+
 def _store_in_4_bits(model: Any) -> None:
-    """Let INT8 weights that fit be INT4 initializers, which a Cast widens, in place."""
+    """Let INT8 weights that fit be INT4 initializers, which constant operators widen, in place."""
     import ml_dtypes
     import onnx_ir as ir
 
@@ -90,21 +99,31 @@ def _store_in_4_bits(model: Any) -> None:
         codes = node.inputs[0]
         if codes.const_value is None or codes.dtype != ir.DataType.INT8:
             continue
-        values = codes.const_value.numpy()
-        if not -8 <= values.min() <= values.max() <= 7:
+        found = narrowed(codes.const_value.numpy())
+        if found is None:
             continue
-        codes.const_value = ir.tensor(values.astype(ml_dtypes.int4), ir.DataType.INT4, name=codes.name)
-        codes.dtype = ir.DataType.INT4
         readers = list(codes.uses())
-        cast = ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=f"{codes.name}_cast")
-        cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = (
-            f"{codes.name}_int8",
-            ir.DataType.INT8,
-            codes.shape,
-        )
-        model.graph.insert_before(node, cast)
+        codes.const_value = ir.tensor(found[0].astype(ml_dtypes.int4), ir.DataType.INT4, name=codes.name)
+        codes.dtype = ir.DataType.INT4
+        wide, name = codes, codes.name
+        if found[1] > 1:
+            factor = ir.Value(name=f"{name}_factor", const_value=ir.tensor(found[1], ir.DataType.INT32))
+            model.graph.register_initializer(factor)
+            wide = _insert(model, node, "Cast", [wide], f"{name}_int32", ir.DataType.INT32)
+            wide = _insert(model, node, "Mul", [wide, factor], f"{name}_wide", ir.DataType.INT32)
+        wide = _insert(model, node, "Cast", [wide], f"{name}_int8", ir.DataType.INT8)
         for reader, index in readers:
-            reader.replace_input_with(index, cast.outputs[0])
+            reader.replace_input_with(index, wide)
+
+
+def _insert(model: Any, before: Any, name: str, inputs: list[Any], output: str, dtype: Any) -> Any:
+    """The output of a new node whose result looks like its first input, of another type."""
+    import onnx_ir as ir
+
+    node = ir.node(name, inputs, {"to": dtype} if name == "Cast" else {}, name=output)
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = output, dtype, inputs[0].shape
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
 
 
 def _transpose_at_rest(model: Any) -> None:

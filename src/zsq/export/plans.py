@@ -11,7 +11,7 @@ from torch import fx
 from zsq.core import MissingExtra, RecipeError, RunError
 from zsq.core.run import save_atomically
 from zsq.export.lower import Dialect, integer_weight, lower, why_float
-from zsq.export.onnx import Onnx, onnx_bytes
+from zsq.export.onnx import Onnx, narrowed, onnx_bytes
 from zsq.export.targets import Target, find_target
 from zsq.nets.graph import layers, matmuls, module_of
 
@@ -106,5 +106,5 @@ def plan(
         about=about,
         integer=tuple(name for name, reason in reasons.items() if reason is None),
         floating={name: reason for name, reason in reasons.items() if reason is not None},
-        int4=sum(bool(each.min() >= -8 and each.max() <= 7) for each in codes),
+        int4=sum(narrowed(each.numpy()) is not None for each in codes),
     )
