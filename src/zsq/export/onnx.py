@@ -4,18 +4,18 @@ Two idioms let CPUs run low-bit files at the speed of 8 bits: weights of up to 4
 widens to INT8, and activations of fewer bits are clipped as integers. Runtimes fold the first and fuse past the second.
 """
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from zsq.core import MissingExtra
+from zsq.core import MissingExtra, UnsupportedModel
 from zsq.export.lower import IntegerActivation
 from zsq.export.targets import Target
+from zsq.export.tracing import exported, place_of_operator, quiet
 
 __all__ = ["Onnx", "onnx_bytes"]
 
@@ -57,23 +57,26 @@ def onnx_bytes(
         import onnxscript  # noqa: F401  # torch.onnx needs it
     except ImportError as error:
         raise MissingExtra(f"{error.name} is not installed: pip install 'zsq[onnx]'") from error
-    with _quiet():
-        program = torch.onnx.export(
-            graph,
-            (torch.zeros(2, *input_shape),),
-            dynamo=True,
-            opset_version=_OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
-            verbose=False,
-        )
+    traced = exported(graph, input_shape)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    try:
+        with quiet():
+            program = torch.onnx.export(traced, dynamo=True, opset_version=_OPSET, verbose=False, **names)
+    except torch.onnx.errors.OnnxExporterError as error:
+        missing = re.search(r"No ONNX function found for <OpOverload\(op='\w+\.(\w+)'", str(error))
+        if missing is None:
+            raise UnsupportedModel(f"torch.onnx fails on this network: {error.__cause__ or error}") from error
+        place = place_of_operator(graph, missing[1], input_shape)
+        raise UnsupportedModel(f"{place} has no ONNX form: put other operations in its place") from error
     assert program is not None
     model = program.model
     _transpose_at_rest(model)
+    _pool_globally(model)
     _name_layers(model)
     if target.int4:
         _store_in_4_bits(model)
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        del model.graph.initializers[name]
     _forget_sources(model)
     model.opset_imports.clear()
     model.opset_imports[""] = _OPSET
@@ -145,6 +148,22 @@ def _transpose_at_rest(model: Any) -> None:
         model.graph.remove(node, safe=True)
 
 
+def _pool_globally(model: Any) -> None:
+    """Let means over all pixels be GlobalAveragePool, which has an integer kernel, in place."""
+    import onnx_ir as ir
+
+    for node in [node for node in model.graph if node.op_type == "ReduceMean"]:
+        shape, axes = node.inputs[0].shape, node.inputs[1].const_value
+        if shape is None or len(shape) != 4 or axes is None or not node.attributes["keepdims"].as_int():
+            continue
+        if sorted(int(axis) % 4 for axis in axes.numpy()) == [2, 3]:
+            pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
+            pool.outputs[0].dtype, pool.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+            model.graph.insert_before(node, pool)
+            node.outputs[0].replace_all_uses_with(pool.outputs[0])
+            model.graph.remove(node, safe=True)
+
+
 def _name_layers(model: Any) -> None:
     """Name layers as in the network, and their tensors by them: ``conv1.weight``, ``conv1.weight_scale``, in place."""
     for value in list(model.graph.initializers.values()):
@@ -167,12 +186,3 @@ def _forget_sources(model: Any) -> None:
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch says of itself while it exports: none of it concerns the network."""
-    with warnings.catch_warnings():
-        # torch copies a deprecated class of its own.
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        yield

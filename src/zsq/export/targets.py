@@ -27,6 +27,8 @@ class Target(Recipe):
     """Whether weights that fit into 4 bits are stored in 4 bits; otherwise in 8, with the same values."""
     integer_bias: bool = True
     """Whether biases are int32, at activation scale x weight scale; otherwise float."""
+    quantized_outputs: bool = False
+    """Whether a convolution computes in integers only if its output is quantized too."""
     integer: str
     """The speed of integer layers, beside the float file on the same runtime."""
     floating: str
@@ -42,6 +44,7 @@ TARGETS = {
             name="ort-x86",
             suffix=".onnx",
             protocol=PROTOCOLS["ort-x86"],
+            quantized_outputs=True,
             integer="about 3x the float file for convolutional networks on CPUs with VNNI, whatever the bit width",
             floating="slower than in the float file, for the conversions around it",
             cannot="8-bit asymmetric weights; more than 8 bits; one activation scale for each channel",
