@@ -58,7 +58,7 @@ def onnx_bytes(
     except ImportError as error:
         raise MissingExtra(f"{error.name} is not installed: pip install 'zsq[onnx]'") from error
     traced = exported(graph, input_shape)
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "N"},)}
     try:
         with quiet():
             program = torch.onnx.export(traced, dynamo=True, opset_version=_OPSET, verbose=False, **names)

@@ -70,8 +70,9 @@ class Plan:
         path = Path(out)
         if path.suffix != self.target.suffix:
             raise RecipeError(f"{self.target.name} writes {self.target.suffix} files: {path} has another suffix")
-        if path.exists() and not force:
-            raise RunError(f"{path} exists: choose another name, or overwrite it with --force")
+        for each in self.files(path):
+            if each.exists() and not force:
+                raise RunError(f"{each} exists: choose another name, or overwrite it with --force")
         place = next(parent for parent in path.absolute().parents if parent.exists())
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)) or path.is_dir():
             raise RunError(f"cannot write {path}: choose a place that can be written")
@@ -114,7 +115,7 @@ def plan(
         target=target,
         graph=graph,
         input_shape=input_shape,
-        about=about,
+        about={**about, "zsq.target": target.name},
         integer=tuple(name for name, reason in reasons.items() if reason is None),
         floating={name: reason for name, reason in reasons.items() if reason is not None},
         int4=sum(narrowed(each.numpy()) is not None for each in codes),
