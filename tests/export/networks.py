@@ -49,10 +49,28 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
+class Dense(nn.Module):
+    """A map that two concatenations read, a BatchNorm that no layer feeds alone, and a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*tiny.conv_bn(3, 4), nn.ReLU())
+        self.first = nn.Sequential(*tiny.conv_bn(4, 4))
+        self.second = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+        self.up = nn.ConvTranspose2d(12, 6, 2, 2)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = torch.cat([x, self.first(x)], 1)
+        return self.head(torch.relu(self.up(torch.cat([x, self.second(y), x], 1))).mean((2, 3)))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet": tiny.cnn,
     "mobilenet": tiny.mobile,
     "branches": lambda: tiny.lively(Branches()),
+    "dense": lambda: tiny.lively(Dense()),
     "tokens": lambda: tiny.lively(Tokens()),
     "dead": tiny.dead,
 }

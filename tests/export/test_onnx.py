@@ -17,7 +17,14 @@ from zsq.export.lower import lower
 from zsq.export.onnx import Onnx, narrowed, onnx_bytes
 
 CASES = [("resnet", "w8a8"), ("resnet", "w4a8"), ("resnet", "w4a4"), ("resnet", "w2a3")]
-CASES += [("mobilenet", "w8a8"), ("mobilenet", "w4a4"), ("branches", "w4a4"), ("tokens", "w8a8"), ("tokens", "w4a4")]
+CASES += [
+    ("mobilenet", "w8a8"),
+    ("mobilenet", "w4a4"),
+    ("branches", "w4a4"),
+    ("dense", "w4a4"),
+    ("tokens", "w8a8"),
+    ("tokens", "w4a4"),
+]
 
 
 @cache

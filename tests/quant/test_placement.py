@@ -105,7 +105,7 @@ def test_exactly_these_edges_are_quantized(protocol, in_resnet, in_mobilenet, re
 
 @pytest.mark.parametrize(
     ("protocol", "first", "last"),
-    [(MINMAX_PTQ, 4, 4), (PTQ_8BIT_ENDS, 8, 8), (SIMULATE_ALL, 4, 4), (SQUANT, 4, 4)] + [(DEPLOYED["tensorrt"], 8, 8)],
+    [(MINMAX_PTQ, 4, 4), (PTQ_8BIT_ENDS, 8, 8), (SIMULATE_ALL, 4, 4), (SQUANT, 4, 4), (DEPLOYED["tensorrt"], 8, 8)],
 )
 def test_widths_of_weights(protocol, first, last, resnet, job_of, apply):
     student = quantized(job_of, apply, resnet, protocol)

@@ -99,7 +99,7 @@ def lower(student: fx.GraphModule, target: Target, ops: Dialect) -> fx.GraphModu
             f"{name} cannot be exported, because it could not be traced ({reason}): rewrite its forward without "
             "decisions on values, and quantize again"
         )
-    graph = copy.deepcopy(student).eval().requires_grad_(False)
+    graph = copy.deepcopy(student).cpu().eval().requires_grad_(False)
     for node in list(graph.graph.nodes):
         identity = preserves_value(node) and node.op != "call_method"  # a method may be there for the layout in memory
         if identity or (isinstance(act := module_of(node), ActivationQuantizer) and not act.ready):
@@ -274,10 +274,11 @@ def _share_over_concatenations(graph: fx.GraphModule) -> None:
         if node.target not in _CONCATENATIONS or not readers:
             continue
         if len(readers) == 1 and isinstance(module_of(readers[0]), ActivationQuantizer):
-            for part in node.all_input_nodes:
-                if _grid(part) is None:
-                    _requantize(graph, part, readers[0], [node])
-            readers[0].meta["repeats"] = all(_grid(part) is not None for part in node.all_input_nodes)
+            parts = [part for part in node.all_input_nodes if _grid(part) is None]
+            whole = len(parts) == len(node.all_input_nodes)  # otherwise one is on a grid of its own, for other readers
+            for part in parts:
+                _requantize(graph, part, readers[0], [node])
+            readers[0].meta["repeats"] = whole
 
 
 def _repeat_after_moves(graph: fx.GraphModule) -> None:

@@ -3,8 +3,9 @@
 These are the operators that ``convert_pt2e`` of torchao leaves behind, with the student's own scales in them: no
 observer looks at anything again. To run it in integers, with torchao's passes and torch's freezing:
 
-    import torch, torchao.quantization.pt2e.quantize_pt2e
+    import torch, torch._inductor.config, torchao.quantization.pt2e.quantize_pt2e
     from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
+    torch._inductor.config.freezing = True
     program = torch.export.load("pt2e-x86.pt2").module()
     compiled = torch.compile(lower_pt2e_quantized_to_x86(program, (images,)))
 """
