@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import zsq
+from zsq.export import TARGETS
 from zsq.export.lower import IntegerActivation
+
+ORT = TARGETS["ort-x86"]
 
 
 class Branches(nn.Module):

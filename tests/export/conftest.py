@@ -1,8 +1,0 @@
-import pytest
-
-from zsq.export import TARGETS, Target
-
-
-@pytest.fixture
-def ort() -> Target:
-    return TARGETS["ort-x86"]
