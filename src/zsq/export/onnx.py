@@ -36,7 +36,8 @@ class Onnx:
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
         """DequantizeLinear along ``axis``."""
-        return _op("DequantizeLinear", [codes, scale, zero_point], torch.float32, codes.shape, axis=axis)
+        inputs = [codes, scale] if codes.dtype == torch.int32 else [codes, scale, zero_point]  # that of a bias is 0
+        return _op("DequantizeLinear", inputs, torch.float32, codes.shape, axis=axis)
 
 
 def _op(name: str, inputs: list[Tensor], dtype: torch.dtype, shape: Any, **attributes: int) -> Tensor:
@@ -81,7 +82,9 @@ def onnx_bytes(
     model.opset_imports.clear()
     model.opset_imports[""] = _OPSET
     model.metadata_props.update(metadata)
-    content: bytes = ir.to_proto(model).SerializeToString()
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # a tenth of a small file, and every runtime finds the shapes itself
+    content: bytes = proto.SerializeToString()
     return content
 
 
