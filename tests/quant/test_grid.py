@@ -304,3 +304,13 @@ def test_percentile_search_of_symmetric_rows_is_mirrored():
     for shares in ((), (0.5,), (1.1,)):
         with pytest.raises(RecipeError, match="shares must lie"):
             PercentileSearch(shares=shares)
+
+
+def test_a_signed_grid_is_signed_also_where_the_data_is_not():
+    rows = torch.tensor([[0.0, 1.0, 2.0]])
+    always = Scheme(symmetric=True, signed=True)
+    low, high = MinMax().of(rows, 8, always, signed=False)
+    assert (low.item(), high.item()) == (-2.0, 2.0)
+    grid = affine(low, high, 8, always, signed=False)
+    assert (grid.low, grid.high, grid.zero_point.item()) == (-128, 127, 0)
+    assert Scheme(signed=True).limits(8, signed=False) == (0, 255)  # asymmetric: nothing to say

@@ -28,7 +28,7 @@ from zsq.quant import (
     TwinGELU,
 )
 from zsq.quant.layers import edge_of
-from zsq.quant.placement import float_tensors, is_activation, normalized_linears
+from zsq.quant.placement import DEPLOYED, float_tensors, is_activation, normalized_linears
 from zsq.quant.quantizers import activation_quantizers, weight_quantizers
 
 SQUANT = METHODS["squant"].quantizer[0].protocol
@@ -72,6 +72,10 @@ MOBILENET_ALL = {
     "add": ("pool", 5),
     "pool": ("flatten", 5),
 }
+EIGHT = ["images", "stages_0_0_conv2_0", "stages_1_0_conv2_0", "stages_1_0_shortcut_0", "stages_1_0_relu2", "pool"]
+RESNET_DEPLOYED = {**RESNET_ALL, **{source: (RESNET_ALL[source][0], 8) for source in EIGHT}}
+EIGHT = ["images", "blocks_1_body_6", "add", "pool"]  # the ends, and what no layer reads
+MOBILENET_DEPLOYED = {**MOBILENET_ALL, **{source: (MOBILENET_ALL[source][0], 8) for source in EIGHT}}
 
 
 def placed(graph):
@@ -101,8 +105,9 @@ def quantized(job_of, apply, network, protocol, bits="w4a5", shape=(3, 8, 8)):
         (SIMULATE_ALL, RESNET_ALL, MOBILENET_ALL),
         (SQUANT, RESNET_INPUTS, MOBILENET_INPUTS),
         (DFQ, RESNET_ALL, MOBILENET_ALL),
+        (DEPLOYED["ort-x86"], RESNET_DEPLOYED, MOBILENET_DEPLOYED),
     ],
-    ids=["minmax-ptq", "ptq-8bit-ends", "simulate-all", "squant", "dfq"],
+    ids=["minmax-ptq", "ptq-8bit-ends", "simulate-all", "squant", "dfq", "ort-x86"],
 )
 def test_exactly_these_edges_are_quantized(protocol, in_resnet, in_mobilenet, resnet, mobilenet, job_of, apply):
     assert placed(quantized(job_of, apply, resnet, protocol)) == ordered(in_resnet)
@@ -110,7 +115,8 @@ def test_exactly_these_edges_are_quantized(protocol, in_resnet, in_mobilenet, re
 
 
 @pytest.mark.parametrize(
-    ("protocol", "first", "last"), [(MINMAX_PTQ, 4, 4), (PTQ_8BIT_ENDS, 8, 8), (SIMULATE_ALL, 4, 4), (SQUANT, 4, 4)]
+    ("protocol", "first", "last"),
+    [(MINMAX_PTQ, 4, 4), (PTQ_8BIT_ENDS, 8, 8), (SIMULATE_ALL, 4, 4), (SQUANT, 4, 4), (DEPLOYED["tensorrt"], 8, 8)],
 )
 def test_widths_of_weights(protocol, first, last, resnet, job_of, apply):
     student = quantized(job_of, apply, resnet, protocol)
@@ -138,6 +144,7 @@ def test_what_is_left_in_float_is_listed_and_nothing_else(resnet, job_of, apply)
         "minmax-vit": [],
         "repq-vit": sums,
         "deploy-vit": ["stem.0 <- images", *(line[:-1] + "0" for line in sums)],  # BatchNorm is folded
+        **{name: [] for name in (*DEPLOYED, "deploy")},
     }
     for name, protocol in PROTOCOLS.items():
         assert float_tensors(quantized(job_of, apply, resnet, protocol)) == expected[name]

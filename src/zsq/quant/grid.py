@@ -126,10 +126,12 @@ class Scheme(Grid):
     symmetric: bool = False
     """Zero point 0; signed, or unsigned where the data has no negative value. Otherwise an integer zero point."""
     granularity: Granularity = PerTensor()  # type: ignore[misc]  # a field here, one for all elsewhere
+    signed: bool = False
+    """Signed also where the data has no negative value; says nothing of a grid that is not symmetric."""
 
     def limits(self, bits: int, signed: bool) -> tuple[int, int]:
         """The least and the largest integer."""
-        if self.symmetric and signed:
+        if self.symmetric and (signed or self.signed):
             return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         return 0, 2**bits - 1
 
@@ -138,7 +140,7 @@ class Scheme(Grid):
         if not self.symmetric:
             return low, high
         reach = torch.maximum(-low, high)
-        return (-reach, reach) if signed else (torch.zeros_like(high), high)
+        return (-reach, reach) if signed or self.signed else (torch.zeros_like(high), high)
 
     def over(self, low: Tensor, high: Tensor, bits: int, signed: bool = True) -> Affine:
         """As ``affine``."""
