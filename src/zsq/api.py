@@ -36,6 +36,7 @@ from zsq.core import (
 )
 from zsq.core.recipe import snake
 from zsq.evaluate import Accuracy, Images, check_images, evaluate, read_images
+from zsq.export import Plan, Target, find_target, plan
 from zsq.methods import BASELINES, METHODS, PLUGINS
 from zsq.nets.graph import capture
 from zsq.nets.load import Network, load_network
@@ -44,8 +45,20 @@ from zsq.quant.placement import float_tensors
 from zsq.quant.quantizers import freeze
 from zsq.store import load_student, save_student
 from zsq.version import __version__
+from zsq.zoo import entry
 
-__all__ = ["Effort", "Result", "find_method", "load", "protocol_of", "quantize", "resolve", "synthesize", "to_pixels"]
+__all__ = [
+    "Effort",
+    "Result",
+    "find_method",
+    "load",
+    "plan_export",
+    "protocol_of",
+    "quantize",
+    "resolve",
+    "synthesize",
+    "to_pixels",
+]
 
 Effort = Literal["smoke", "fast", "paper"]
 SHOWN = 64
@@ -69,6 +82,16 @@ class Result:
         """Write the student as one safetensors file."""
         origin = {"teacher": self.metrics["teacher"], "method": self.recipe.name, "bits": self.metrics["bits"]}
         Path(path).write_bytes(save_student(self.student, origin))
+
+    def export(self, out: str | Path, target: str | Target = "ort-x86", *, force: bool = False) -> Plan:
+        """Write the student as a file that ``target`` runs in integers, and return what was planned for it.
+
+        Raises:
+            ZsqError: as ``plan_export`` and ``Plan.write`` say.
+        """
+        planned = plan(self.student, tuple(self.metrics["input_shape"]), target, _about(self.metrics))
+        planned.write(out, force)
+        return planned
 
 
 def quantize(
@@ -238,6 +261,21 @@ def load(folder: str | Path, model: str | nn.Module | Network | None = None) -> 
     return student, network
 
 
+def plan_export(
+    folder: str | Path, target: str | Target = "ort-x86", model: str | nn.Module | Network | None = None
+) -> Plan:
+    """What the student of the run in ``folder`` will be on ``target``; ``write`` of it makes the file.
+
+    ``model`` is needed if it was handed in as a module.
+
+    Raises:
+        ZsqError: as ``load`` says, or if the packages for the target are missing, or it cannot hold the student.
+    """
+    target = find_target(target)
+    student, network = load(folder, model)
+    return plan(student, network.input_shape, target, _about(read_metrics(folder)))
+
+
 def read_metrics(folder: str | Path) -> dict[str, Any]:
     """What a finished run measured.
 
@@ -334,6 +372,17 @@ def _origin(model: str | nn.Module | Network, network: Network) -> str:
         return network.name
     place, _, factory = model.rpartition(":")
     return f"{Path(place).resolve()}:{factory}" if place.endswith(".py") else model
+
+
+def _about(metrics: dict[str, Any]) -> dict[str, str]:
+    """What an exported file says of itself, each value as text or JSON."""
+    model = str(metrics["model"])
+    place, _, name = model.partition(":")
+    labels = entry(name).class_names if place == "zoo" else None
+    facts = {key: metrics[key] for key in ("model", "method", "bits", "protocol", "seed", "teacher")}
+    facts |= {key: metrics[key] for key in ("input_shape", "mean", "std", "versions")}
+    facts |= {} if labels is None else {"labels": labels}
+    return {f"zsq.{key}": each if isinstance(each, str) else json.dumps(each) for key, each in facts.items()}
 
 
 def _check(recipe: Method, job: Job) -> None:

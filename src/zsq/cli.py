@@ -343,6 +343,33 @@ def evaluate(
         print("\n".join(_table(rows)))
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.", show_default=False)],
+    target: Annotated[str, typer.Option(help="ort-x86, openvino, tensorrt or pt2e-x86.")] = "ort-x86",
+    out: Annotated[Path | None, typer.Option(help="The file; RUN/TARGET with its suffix by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's low-bit network for a runtime.
+
+    Says first what will compute in integers there, what will not and why, and which speed to expect.
+    """
+    from zsq.api import plan_export
+
+    plan = plan_export(run, target)
+    path = out or run / f"{plan.target.name}{plan.target.suffix}"
+    if not as_json:
+        print("\n".join([f"target {plan.target.name}", *plan.lines()]), flush=True)
+    plan.write(path, force)
+    size = sum(each.stat().st_size for each in plan.files(path))
+    if as_json:
+        facts = {"target": plan.target.name, "integer": list(plan.integer), "float": dict(plan.floating)}
+        _print_json({**facts, "out": str(path), "bytes": size})
+    else:
+        print(f"wrote {path} ({size:,} bytes)")
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"zsq {__version__}")

@@ -17,7 +17,7 @@ from zsq.quant import (
     LayerInputs,
 )
 from zsq.quant.layers import edge_of
-from zsq.quant.placement import float_tensors, is_activation
+from zsq.quant.placement import DEPLOYED, float_tensors, is_activation
 from zsq.quant.quantizers import activation_quantizers, weight_quantizers
 
 SQUANT = METHODS["squant"].quantizer[0].protocol
@@ -124,6 +124,7 @@ def test_what_is_left_in_float_is_listed_and_nothing_else(resnet, job_of, apply)
         "ptq-8bit-ends": ["stem.0 <- images", *sums],
         "qat-lowbit-all": ["stem.0 <- images", "head <- flatten", *sums],
         "simulate-all": [],
+        **dict.fromkeys([*DEPLOYED, "deploy"], []),
     }
     for name, protocol in PROTOCOLS.items():
         assert float_tensors(quantized(job_of, apply, resnet, protocol)) == expected[name]

@@ -13,7 +13,16 @@ from zsq.nets.folding import count_readers, output_first, store, why_fixed
 from zsq.nets.graph import layers, module_of, preserves_value
 from zsq.nets.tracing import LAYERS, Layer, asks_size
 
-__all__ = ["Chain", "ChannelClip", "Link", "clip_limit", "equalizable_chains", "make_equivariant", "scale_channels"]
+__all__ = [
+    "Chain",
+    "ChannelClip",
+    "Link",
+    "clip_limit",
+    "clip_limits",
+    "equalizable_chains",
+    "make_equivariant",
+    "scale_channels",
+]
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,18 @@ def clip_limit(node: fx.Node) -> float | None:
     else:
         return None
     return float(high) if low == 0 and isinstance(high, (int, float)) else None
+
+
+def clip_limits(node: fx.Node) -> tuple[float, float] | None:
+    """The two ends between which ``node`` clips, if that is all it does; those of a ReLU are 0 and infinity."""
+    module, limit = module_of(node), clip_limit(node)
+    if limit is not None:
+        return 0.0, limit
+    if isinstance(module, nn.Hardtanh):
+        return float(module.min_val), float(module.max_val)
+    if isinstance(module, nn.ReLU) or node.target in (F.relu, torch.relu, "relu", "relu_"):
+        return 0.0, math.inf
+    return None
 
 
 def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:

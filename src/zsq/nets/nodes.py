@@ -14,6 +14,7 @@ __all__ = [
     "Matmul",
     "consumers",
     "hidden_layers",
+    "is_matmul",
     "layers",
     "matmuls",
     "module_of",
@@ -49,11 +50,16 @@ _MATMULS = {torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm",
 _ADDING_MATMULS = {torch.baddbmm, torch.addmm, "baddbmm", "addmm"}
 
 
+def is_matmul(node: fx.Node) -> bool:
+    """Whether ``node`` multiplies matrices as a function or a method."""
+    return node.target is torch.einsum or node.target in _MATMULS or node.target in _ADDING_MATMULS
+
+
 def matmuls(graph: fx.GraphModule) -> list[Matmul]:
     """The products of two values that are not layers: in attention, or ``F.linear`` and ``F.conv2d`` on a value."""
     found = []
     for node in graph.graph.nodes:
-        if node.target is torch.einsum or node.target in _MATMULS or node.target in _ADDING_MATMULS:
+        if is_matmul(node):
             operands: list[fx.Node] = []
             fx.node.map_arg((node.args, node.kwargs), operands.append)
             operands = operands[1:] if node.target in _ADDING_MATMULS else operands

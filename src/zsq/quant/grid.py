@@ -82,10 +82,12 @@ class Scheme(Recipe):
     symmetric: bool = False
     """Zero point 0; signed, or unsigned where the data has no negative value. Otherwise an integer zero point."""
     granularity: Granularity = PerTensor()
+    signed: bool = False
+    """Signed also where the data has no negative value; says nothing of a grid that is not symmetric."""
 
     def limits(self, bits: int, signed: bool) -> tuple[int, int]:
         """The least and the largest integer."""
-        if self.symmetric and signed:
+        if self.symmetric and (signed or self.signed):
             return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         return 0, 2**bits - 1
 
@@ -214,4 +216,4 @@ def _extremes(rows: Tensor, scheme: Scheme, signed: bool) -> tuple[Tensor, Tenso
     if not scheme.symmetric:
         return low, high
     reach = torch.maximum(-low, high)
-    return (-reach, reach) if signed else (torch.zeros_like(high), high)
+    return (-reach, reach) if signed or scheme.signed else (torch.zeros_like(high), high)

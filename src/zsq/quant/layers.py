@@ -8,9 +8,9 @@ from torch import fx, nn
 
 from zsq.core import FLOAT, Job, Recipe, Source, check_counts
 from zsq.nets.folding import fold_batchnorms
-from zsq.nets.graph import hidden_layers, layers
+from zsq.nets.graph import hidden_layers, is_matmul, layers
 from zsq.quant.grid import MinMax, Range
-from zsq.quant.placement import MINMAX_PTQ, Edge, QuantizationProtocol, seen_through
+from zsq.quant.placement import MINMAX_PTQ, Edge, QuantizationProtocol, moved_to
 from zsq.quant.quantizers import ActivationQuantizer, activation_quantizers, quantize_weight
 from zsq.quant.rounding import Nearest, Rounding
 
@@ -72,8 +72,12 @@ class InsertFakeQuant(Recipe):
         graph.recompile()
 
     def _edge_bits(self, edge: Edge, every: list[str], bits: int) -> int:
-        reading = [end for reader in edge.readers for end in seen_through(reader)]
-        return self._input_bits([str(end.target) for end in reading if str(end.target) in every], every, bits)
+        reading = [end for reader in edge.readers for end in moved_to(reader)]
+        named = [str(end.target) for end in reading if str(end.target) in every]
+        unread = self.protocol.ends.unread
+        if unread is not None and bits != FLOAT and not named and not any(is_matmul(end) for end in reading):
+            return unread
+        return self._input_bits(named, every, bits)
 
     def _input_bits(self, reading: list[str], every: list[str], bits: int) -> int:
         """The widest that a layer among those ``reading`` asks for: a shared tensor is stored once."""

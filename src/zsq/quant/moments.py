@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from zsq.core import Job, Recipe, RecipeError, Source
-from zsq.nets.chains import clip_limit
+from zsq.nets.chains import clip_limits
 from zsq.nets.clip import ChannelClip
 from zsq.nets.folding import output_first
 from zsq.nets.graph import layers, module_of
@@ -131,7 +131,7 @@ def _after(node: fx.Node, inputs: list[Spread], sigmas: float) -> Spread:
     x, module = inputs[0], module_of(node)
     if isinstance(module, ChannelClip):
         return _clip(x, 0.0, module.limit)
-    limits = _clip_limits(node, module)
+    limits = clip_limits(node)
     if limits is not None:
         return _clip(x, *limits)
     if node.target in (operator.add, operator.iadd, torch.add, "add", "add_") and len(inputs) == 2:
@@ -155,17 +155,6 @@ def _clip(x: Spread, low: float, high: float | Tensor) -> Spread:
     mean, var = clipped_normal(x.mean, x.var, low, high)
     top = torch.as_tensor(high, dtype=x.high.dtype, device=x.high.device)
     return Spread(mean, var, x.low.clamp(min=low).minimum(top), x.high.clamp(min=low).minimum(top))
-
-
-def _clip_limits(node: fx.Node, module: nn.Module | None) -> tuple[float, float] | None:
-    limit = clip_limit(node)
-    if limit is not None:
-        return 0.0, limit
-    if isinstance(module, nn.Hardtanh):
-        return float(module.min_val), float(module.max_val)
-    if isinstance(module, nn.ReLU) or node.target in (F.relu, torch.relu, "relu", "relu_"):
-        return 0.0, math.inf
-    return None
 
 
 _SMOOTH_MODULES = (nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Mish)

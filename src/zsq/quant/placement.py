@@ -1,20 +1,23 @@
 """Where quantizers sit: edges of the graph, the widths at its two ends, and the protocols that papers report under."""
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from zsq.core import FLOAT, Recipe, RecipeError
+from zsq.nets.chains import clip_limits
 from zsq.nets.clip import ChannelClip
 from zsq.nets.graph import consumers, hidden_layers, layers, matmuls, module_of, preserves_value
 from zsq.quant.grid import PerChannel, PerTensor, Scheme
 from zsq.quant.quantizers import ActivationQuantizer
 
 __all__ = [
+    "DEPLOYED",
     "MINMAX_PTQ",
     "PROTOCOLS",
     "PTQ_8BIT_ENDS",
@@ -24,11 +27,13 @@ __all__ = [
     "Edge",
     "Ends",
     "EveryEdge",
+    "IntegerKernels",
     "LayerInputs",
     "Placement",
     "QuantizationProtocol",
     "float_tensors",
     "is_activation",
+    "moved_to",
     "moves_values",
     "seen_through",
 ]
@@ -99,6 +104,38 @@ class EveryEdge(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class IntegerKernels(Recipe):
+    """What the integer kernels of inference runtimes read and write: their inputs, and the maps between convolutions.
+
+    A convolution runs in integers only if its output is quantized too; a ReLU or clip behind it comes first, and is
+    part of the grid. From convolution to convolution the sums, products, pools and concatenations are quantized as
+    well; the parts of a concatenation take the grid of the whole. Among tokens only what a linear or a matrix product
+    reads is quantized: softmax, GELU, LayerNorm and sums stay float, and so does the convolution that makes the tokens,
+    which one runtime computes wrong in integers.
+    """
+
+    def edges(self, graph: fx.GraphModule) -> list[Edge]:
+        """One edge for each tensor that an integer kernel reads or writes."""
+        computing = {*layers(graph), *(product.node for product in matmuls(graph))}
+        computing -= {node for node in computing if _makes_tokens(node)}
+        maps = _maps(graph, computing)
+
+        def readers(node: fx.Node) -> tuple[fx.Node, ...]:
+            """Who reads ``node`` quantized."""
+            if node not in maps:
+                return tuple(user for user in node.users if any(end in computing for end in seen_through(user)))
+            if isinstance(module_of(node), _ConvNd):
+                return () if _clips_alone(node) or _joined_alone(node) else tuple(node.users)
+            if _clips_alone(node) or _joined_alone(node) or (_is_linear(node) and _activated_alone(node)):
+                return ()
+            return tuple(user for user in node.users if _is_computed_with(user))
+
+        tensors = [node for node in graph.graph.nodes if "shape" in node.meta and node.op not in ("get_attr", "output")]
+        sources = [node for node in tensors if not (moves_values(node) if node in maps else preserves_value(node))]
+        return [Edge(node, found) for node in sources if (found := readers(node))]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ends(Recipe):
     """Widths in bits that differ at the two ends of a network; None is the width of all others, 32 is float."""
 
@@ -107,6 +144,8 @@ class Ends(Recipe):
     second_input: int | None = None
     last_weights: int | None = None
     last_input: int | None = None
+    unread: int | None = None
+    """Of tensors that no layer and no matrix product reads, such as the branch of a sum."""
 
     def __post_init__(self) -> None:
         for name, bits in self.parts().items():
@@ -151,8 +190,23 @@ PTQ_8BIT_ENDS = QuantizationProtocol(
 )
 QAT_LOWBIT_ALL = QuantizationProtocol(name="qat-lowbit-all", placement=AfterActivations())
 SIMULATE_ALL = QuantizationProtocol(name="simulate-all", placement=EveryEdge(), fold=True)
+_DEPLOYED = QuantizationProtocol(
+    name="ort-x86",
+    placement=IntegerKernels(),
+    ends=Ends(first_weights=8, first_input=8, last_weights=8, last_input=8, unread=8),  # next to nothing in bytes
+    weights=Scheme(symmetric=True, granularity=PerChannel()),
+    fold=True,
+)
+DEPLOYED = {
+    "ort-x86": _DEPLOYED,
+    "openvino": replace(_DEPLOYED, name="openvino"),
+    "tensorrt": replace(_DEPLOYED, name="tensorrt", activations=Scheme(symmetric=True, signed=True)),
+    "pt2e-x86": replace(_DEPLOYED, name="pt2e-x86"),
+}
+"""Where a target of ``zsq.export`` wants quantizers, by its name."""
 
 PROTOCOLS = {protocol.name: protocol for protocol in (MINMAX_PTQ, PTQ_8BIT_ENDS, QAT_LOWBIT_ALL, SIMULATE_ALL)}
+PROTOCOLS |= DEPLOYED | {"deploy": _DEPLOYED}
 
 
 def is_activation(node: fx.Node) -> bool:
@@ -189,6 +243,11 @@ def seen_through(user: fx.Node) -> list[fx.Node]:
     return consumers(user) if preserves_value(user) else [user]
 
 
+def moved_to(user: fx.Node) -> list[fx.Node]:
+    """``user``, or what reads its values behind it if it only moves them."""
+    return [end for each in user.users for end in moved_to(each)] if moves_values(user) else [user]
+
+
 def _fuses(node: fx.Node, user: fx.Node) -> bool:
     """Whether ``user`` is computed together with ``node`` on real hardware, so that no tensor lies between them."""
     if moves_values(user):
@@ -196,6 +255,68 @@ def _fuses(node: fx.Node, user: fx.Node) -> bool:
     layer_before = module_of(node) is not None and node in layers(user.graph.owning_module)  # type: ignore[arg-type]  # owned
     norm = isinstance(module_of(user), nn.modules.batchnorm._BatchNorm)
     return (layer_before and norm) or (is_activation(user) and len(node.users) == 1 and node.op != "placeholder")
+
+
+_CONCATENATIONS = {torch.cat, torch.concat}
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_POOL_FUNCTIONS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool2d, torch.mean, "mean"}
+
+
+def _maps(graph: fx.GraphModule, computing: set[fx.Node]) -> set[fx.Node]:
+    """The nodes whose values integer convolutions made, directly or through what computes with their outputs alone."""
+    maps: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        operands = [each for each in node.all_input_nodes if "shape" in each.meta and each.op != "get_attr"]
+        module = module_of(node)
+        if isinstance(module, _ConvNd):
+            made = node in computing
+        else:
+            passes = is_activation(node) or moves_values(node) or isinstance(module, (nn.Linear, *_POOLS))
+            passes = passes or node.target in _ARITHMETIC or node.target in _POOL_FUNCTIONS
+            made = passes and bool(operands) and all(each in maps for each in operands)
+        if made:
+            maps.add(node)
+    return maps
+
+
+def _makes_tokens(node: fx.Node) -> bool:
+    """Whether ``node`` is a convolution whose pixels become a sequence, or an image's patches with channels last."""
+    if not isinstance(module_of(node), _ConvNd) or not node.users:
+        return False
+    return all(_rearranges(user, first=node.all_input_nodes[0].op == "placeholder") for user in node.users)
+
+
+def _rearranges(node: fx.Node, first: bool) -> bool:
+    """Whether ``node`` moves the pixels of a map (N, C, H, W): into (N, T, D) or the like, or if ``first`` at all."""
+    if not moves_values(node) or isinstance(module_of(node), nn.MaxPool2d) or "shape" not in node.meta:
+        return False
+    before, after = node.all_input_nodes[0].meta["shape"], node.meta["shape"]
+    if preserves_value(node):
+        return bool(node.users) and all(_rearranges(user, first) for user in node.users)
+    return (len(after) == 3 and before[-1] * before[-2] > 1) or (first and len(after) == 4 and after != before)
+
+
+def _clips_alone(node: fx.Node) -> bool:
+    """Whether a ReLU or a clip from 0 is all that reads ``node``."""
+    return len(node.users) == 1 and all(clip_limits(user) is not None for user in node.users)
+
+
+def _activated_alone(node: fx.Node) -> bool:
+    return len(node.users) == 1 and all(is_activation(user) for user in node.users)
+
+
+def _joined_alone(node: fx.Node) -> bool:
+    """Whether a concatenation is all that reads ``node``."""
+    return len(node.users) == 1 and all(user.target in _CONCATENATIONS for user in node.users)
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return isinstance(module_of(node), nn.Linear)
+
+
+def _is_computed_with(user: fx.Node) -> bool:
+    """Whether anything is computed with the value that ``user`` reads, or it is only moved to the output."""
+    return user.op != "output" and (not moves_values(user) or any(_is_computed_with(each) for each in user.users))
 
 
 _MOVING_METHODS = {"view", "reshape", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "contiguous", "chunk"}
