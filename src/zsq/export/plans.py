@@ -103,7 +103,7 @@ def plan(
         target=target,
         graph=graph,
         input_shape=input_shape,
-        about=about,
+        about={**about, "zsq.target": target.name},
         integer=tuple(name for name, reason in reasons.items() if reason is None),
         floating={name: reason for name, reason in reasons.items() if reason is not None},
         int4=sum(bool(each.min() >= -8 and each.max() <= 7) for each in codes),

@@ -2,16 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from zsq.runtime.worker import Array
+from zsq.runtime.worker import Array
 
-    Labels = np.ndarray[Any, np.dtype[np.int64]]
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+"""Class indices (N,)."""
 
-__all__ = ["Distance", "distance", "snr"]
+__all__ = ["Distance", "Labels", "distance", "snr"]
 
 _EQUAL = 200.0
 """Decibels that stand for no difference: float32 itself has about 150."""
@@ -30,7 +30,8 @@ class Distance:
     farther from the *float network* than the simulation is.
     """
 
-    runtime: str
+    name: str
+    """Of the runtime."""
     images: int
     snr_simulation: float
     """Of the logits, with the simulation as signal; 200 where they are equal."""
@@ -48,7 +49,7 @@ class Distance:
     """What is wrong, as the end of a sentence; None where all is as it should be."""
 
 
-def snr(signal: "Array", found: "Array") -> float:
+def snr(signal: Array, found: Array) -> float:
     """``10 log10(|signal|^2 / |found - signal|^2)`` in decibels, at most 200; -200 where ``found`` has a NaN.
 
     >>> round(snr(np.array([3.0, 4.0]), np.array([3.0, 4.5])), 6)
@@ -60,9 +61,7 @@ def snr(signal: "Array", found: "Array") -> float:
     return _EQUAL if noise == 0 else max(-_EQUAL, min(_EQUAL, 10 * math.log10(max(power, 1e-300) / noise)))
 
 
-def distance(
-    runtime: str, logits: "Array", simulation: "Array", exact: "Array", labels: "Labels | None" = None
-) -> Distance:
+def distance(name: str, logits: Array, simulation: Array, exact: Array, labels: Labels | None = None) -> Distance:
     """How far ``logits`` (N, K) are from those of the ``simulation`` and of the ``exact`` float network.
 
     Its fault is found on the ``labels`` (N,), or without them on the top-1 of the float network.
@@ -70,7 +69,7 @@ def distance(
     best, simulated, true = (each.argmax(1) for each in (logits, simulation, exact))
     wanted = true if labels is None else labels
     return Distance(
-        runtime=runtime,
+        name=name,
         images=len(logits),
         snr_simulation=snr(simulation, logits),
         snr_float=snr(exact, logits),
@@ -83,14 +82,21 @@ def distance(
     )
 
 
-def _snr_fault(simulation: float, file: float) -> str | None:
-    """Beyond 60 dB from the float network nothing is lost that anyone could see."""
-    if min(simulation, 60.0) - file <= _SNR_LOSS:
+def _snr_fault(exact: Array, simulation: Array, file: Array) -> str | None:
+    """A fault if the ``file`` is farther from ``exact``, by more than a decibel and two standard errors of the change.
+
+    What lies 60 dB below the logits is not looked at: nothing that anyone could see is lost there.
+    """
+    before, after = (np.square(each - exact, dtype=np.float64).sum(1) for each in (simulation, file))
+    floor = 1e-6 * float(np.square(exact, dtype=np.float64).sum(1).mean())
+    change = after - before
+    chance = 2 * float(change.std()) / math.sqrt(len(change))
+    if change.mean() <= (10 ** (_SNR_LOSS / 10) - 1) * before.mean() + chance + floor:  # false for NaN
         return None
-    return f"is {file:.1f} dB from the float network, the simulation {simulation:.1f} dB"
+    return f"is {snr(exact, file):.1f} dB from the float network, the simulation {snr(exact, simulation):.1f} dB"
 
 
-def _top1_fault(simulation: "np.ndarray[Any, Any]", file: "np.ndarray[Any, Any]") -> str | None:
+def _top1_fault(simulation: np.ndarray[Any, Any], file: np.ndarray[Any, Any]) -> str | None:
     """A fault if fewer images are right in the ``file``, by more than a point and two standard errors of the change."""
     lost, gained = int(np.sum(simulation & ~file)), int(np.sum(file & ~simulation))
     if lost - gained <= _TOP1_LOSS / 100 * len(file) + 2 * math.sqrt(lost + gained):
@@ -98,5 +104,5 @@ def _top1_fault(simulation: "np.ndarray[Any, Any]", file: "np.ndarray[Any, Any]"
     return f"has the right top-1 on {_share(file):.2f} % of the images, the simulation on {_share(simulation):.2f} %"
 
 
-def _share(hits: "np.ndarray[Any, Any]") -> float:
+def _share(hits: np.ndarray[Any, Any]) -> float:
     return 100 * float(np.mean(hits))
