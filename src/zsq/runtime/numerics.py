@@ -77,8 +77,7 @@ def distance(name: str, logits: Array, simulation: Array, exact: Array, labels: 
         agrees_simulation=_share(best == simulated),
         agrees_float=_share(best == true),
         top1=None if labels is None else _share(best == labels),
-        fault=_snr_fault(snr(exact, simulation), snr(exact, logits))
-        or _top1_fault(simulated == wanted, best == wanted),
+        fault=_snr_fault(exact, simulation, logits) or _top1_fault(simulated == wanted, best == wanted),
     )
 
 
