@@ -23,6 +23,7 @@ class Exported:
         """The path of a copy of the file in the folder ``into`` on which ``change`` has worked."""
         model = onnx.load(self.file)
         change(model)
+        del model.graph.value_info[:]  # types may be others now
         onnx.save(model, into / "changed.onnx")
         return into / "changed.onnx"
 
