@@ -53,7 +53,7 @@ def test_help_imports_nothing_heavy():
         "assert not {'torch', 'numpy', 'rich', 'pydantic'} & set(sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("methods", "show", "diff", "models", "quantize", "synthesize", "evaluate"):
+    for command in ("methods", "show", "diff", "models", "quantize", "synthesize", "evaluate", "export"):
         assert f"\n  {command} " in shown
 
 
@@ -456,3 +456,53 @@ def test_unknown_words(capsys: pytest.CaptureFixture[str]):
     assert refused(["quantise"], capsys).startswith("No such command 'quantise'")
     assert refused(["show"], capsys) == "Missing argument 'METHOD'."
     assert "no method 'a'" in refused(["diff", "a", "b"], capsys)
+
+
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    words = ["quantize", "zoo:digits-resnet", "--method", "nearest", "--bits", "w4a4", "--protocol", "deploy", *SMOKE]
+    assert main([*words, "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["export", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    size = (run / "ort-x86.onnx").stat().st_size
+    assert lines[:3] == [
+        "target ort-x86",
+        "22 of 22 layers and matrix products compute in integers",
+        "20 weights are stored in 4 bits",
+    ]
+    assert lines[-1] == f"wrote {run / 'ort-x86.onnx'} ({size:,} bytes)"
+    assert main(["export", str(run)]) == 2
+    assert "ort-x86.onnx exists: choose another name, or overwrite it with --force" in capsys.readouterr().err
+    assert main(["export", str(run), "--target", "pt2e-x86", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["out"] == str(run / "pt2e-x86.pt2")
+    assert facts["bytes"] == (run / "pt2e-x86.pt2").stat().st_size
+    assert len(facts["integer"]) == 22
+
+
+def test_export_says_what_stays_float_before_it_refuses_to_write(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", str(run), "--out", str(run / "metrics.json" / "a.onnx")]) == 2
+    said = capsys.readouterr()
+    assert "9 of 22 layers and matrix products compute in integers" in said.out
+    assert "stem.0 stays float: it reads images in float" in said.out
+    assert said.err.startswith("zsq: error: cannot write")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["{run}", "--target", "ort"], "zsq: error: no target 'ort' (did you mean 'ort-x86'?)"),
+        (
+            ["{run}", "--target", "tensorrt"],
+            "cannot hold the 4-bit activations of stem.2: quantize with 8-bit activations",
+        ),
+        (["{run}", "--out", "a.bin"], "zsq: error: ort-x86 writes .onnx files: a.bin has another suffix"),
+        (["nowhere"], "zsq: error: nowhere holds no finished run"),
+    ],
+)
+def test_wrong_exports(words, line, run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", *(word.format(run=run) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1

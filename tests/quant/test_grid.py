@@ -256,3 +256,13 @@ def test_averages_refuse_what_makes_no_sense(decay):
 def test_ranges_refuse_what_makes_no_sense(make):
     with pytest.raises(RecipeError):
         make()
+
+
+def test_a_signed_grid_is_signed_also_where_the_data_is_not():
+    rows = torch.tensor([[0.0, 1.0, 2.0]])
+    always = Scheme(symmetric=True, signed=True)
+    low, high = MinMax().of(rows, 8, always, signed=False)
+    assert (low.item(), high.item()) == (-2.0, 2.0)
+    grid = affine(low, high, 8, always, signed=False)
+    assert (grid.low, grid.high, grid.zero_point.item()) == (-128, 127, 0)
+    assert Scheme(signed=True).limits(8, signed=False) == (0, 255)  # asymmetric: nothing to say

@@ -61,6 +61,10 @@ MOBILENET_ALL = {
     "add": ("pool", 5),
     "pool": ("flatten", 5),
 }
+EIGHT = ["images", "stages_0_0_conv2_0", "stages_1_0_conv2_0", "stages_1_0_shortcut_0", "stages_1_0_relu2", "pool"]
+RESNET_DEPLOYED = {**RESNET_ALL, **{source: (RESNET_ALL[source][0], 8) for source in EIGHT}}
+EIGHT = ["images", "blocks_1_body_6", "add", "pool"]  # the ends, and what no layer reads
+MOBILENET_DEPLOYED = {**MOBILENET_ALL, **{source: (MOBILENET_ALL[source][0], 8) for source in EIGHT}}
 
 
 def placed(graph):
@@ -90,8 +94,9 @@ def quantized(job_of, apply, network, protocol, bits="w4a5", shape=(3, 8, 8)):
         (SIMULATE_ALL, RESNET_ALL, MOBILENET_ALL),
         (SQUANT, RESNET_INPUTS, MOBILENET_INPUTS),
         (DFQ, RESNET_ALL, MOBILENET_ALL),
+        (DEPLOYED["ort-x86"], RESNET_DEPLOYED, MOBILENET_DEPLOYED),
     ],
-    ids=["minmax-ptq", "ptq-8bit-ends", "simulate-all", "squant", "dfq"],
+    ids=["minmax-ptq", "ptq-8bit-ends", "simulate-all", "squant", "dfq", "ort-x86"],
 )
 def test_exactly_these_edges_are_quantized(protocol, in_resnet, in_mobilenet, resnet, mobilenet, job_of, apply):
     assert placed(quantized(job_of, apply, resnet, protocol)) == ordered(in_resnet)
@@ -99,7 +104,8 @@ def test_exactly_these_edges_are_quantized(protocol, in_resnet, in_mobilenet, re
 
 
 @pytest.mark.parametrize(
-    ("protocol", "first", "last"), [(MINMAX_PTQ, 4, 4), (PTQ_8BIT_ENDS, 8, 8), (SIMULATE_ALL, 4, 4), (SQUANT, 4, 4)]
+    ("protocol", "first", "last"),
+    [(MINMAX_PTQ, 4, 4), (PTQ_8BIT_ENDS, 8, 8), (SIMULATE_ALL, 4, 4), (SQUANT, 4, 4), (DEPLOYED["tensorrt"], 8, 8)],
 )
 def test_widths_of_weights(protocol, first, last, resnet, job_of, apply):
     student = quantized(job_of, apply, resnet, protocol)
@@ -124,7 +130,7 @@ def test_what_is_left_in_float_is_listed_and_nothing_else(resnet, job_of, apply)
         "ptq-8bit-ends": ["stem.0 <- images", *sums],
         "qat-lowbit-all": ["stem.0 <- images", "head <- flatten", *sums],
         "simulate-all": [],
-        **dict.fromkeys([*DEPLOYED, "deploy"], []),
+        **{name: [] for name in (*DEPLOYED, "deploy")},
     }
     for name, protocol in PROTOCOLS.items():
         assert float_tensors(quantized(job_of, apply, resnet, protocol)) == expected[name]

@@ -43,7 +43,7 @@ def test_what_is_farther_from_float_is_a_fault():
     assert distance("it", np.nan * file, simulation, exact).fault is not None
 
 
-def test_below_60_dB_nothing_is_a_fault():
+def test_sixty_decibels_down_nothing_is_a_fault():
     exact = 10 * noise(500, 10)
     assert distance("it", exact + 0.001 * noise(500, 10, seed=1), exact, exact).fault is None
     assert distance("it", exact + 0.1 * noise(500, 10, seed=1), exact, exact).fault is not None

@@ -4,17 +4,18 @@ Two idioms let CPUs run low-bit files at the speed of 8 bits: weights of up to 4
 widens to INT8, and activations of fewer bits are clipped as integers. Runtimes fold the first and fuse past the second.
 """
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
-from zsq.core import MissingExtra
+from zsq.core import MissingExtra, UnsupportedModel
 from zsq.export.lower import IntegerActivation
 from zsq.export.targets import Target
+from zsq.export.tracing import exported, place_of_operator, quiet
 
 __all__ = ["Onnx", "onnx_bytes"]
 
@@ -35,7 +36,8 @@ class Onnx:
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
         """DequantizeLinear along ``axis``."""
-        return _op("DequantizeLinear", [codes, scale, zero_point], torch.float32, codes.shape, axis=axis)
+        inputs = [codes, scale] if codes.dtype == torch.int32 else [codes, scale, zero_point]  # that of a bias is 0
+        return _op("DequantizeLinear", inputs, torch.float32, codes.shape, axis=axis)
 
 
 def _op(name: str, inputs: list[Tensor], dtype: torch.dtype, shape: Any, **attributes: int) -> Tensor:
@@ -56,33 +58,46 @@ def onnx_bytes(
         import onnxscript  # noqa: F401  # torch.onnx needs it
     except ImportError as error:
         raise MissingExtra(f"{error.name} is not installed: pip install 'zsq[onnx]'") from error
-    with _quiet():
-        program = torch.onnx.export(
-            graph,
-            (torch.zeros(2, *input_shape),),
-            dynamo=True,
-            opset_version=_OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
-            verbose=False,
-        )
+    traced = exported(graph, input_shape)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "N"},)}
+    try:
+        with quiet():
+            program = torch.onnx.export(traced, dynamo=True, opset_version=_OPSET, verbose=False, **names)
+    except torch.onnx.errors.OnnxExporterError as error:
+        missing = re.search(r"No ONNX function found for <OpOverload\(op='\w+\.(\w+)'", str(error))
+        if missing is None:
+            raise UnsupportedModel(f"torch.onnx fails on this network: {error.__cause__ or error}") from error
+        place = place_of_operator(graph, missing[1], input_shape)
+        raise UnsupportedModel(f"{place} has no ONNX form: put other operations in its place") from error
     assert program is not None
     model = program.model
     _transpose_at_rest(model)
+    _pool_globally(model)
     _name_layers(model)
     if target.int4:
         _store_in_4_bits(model)
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        del model.graph.initializers[name]
     _forget_sources(model)
     model.opset_imports.clear()
     model.opset_imports[""] = _OPSET
     model.metadata_props.update(metadata)
-    content: bytes = ir.to_proto(model).SerializeToString()
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # a tenth of a small file, and every runtime finds the shapes itself
+    content: bytes = proto.SerializeToString()
     return content
 
 
+def narrowed(codes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], int] | None:
+    """``codes`` as 4-bit integers times a power of two, if they are that."""
+    bits = int(np.bitwise_or.reduce(codes.astype(np.uint8), axis=None))
+    factor = bits & -bits or 1  # the lowest bit that any of them has
+    narrow = codes // factor
+    return (narrow, factor) if narrow.min() >= -8 and narrow.max() <= 7 else None
+
+
 def _store_in_4_bits(model: Any) -> None:
-    """Let INT8 weights that fit be INT4 initializers, which a Cast widens, in place."""
+    """Let INT8 weights that fit be INT4 initializers, which constant operators widen, in place."""
     import ml_dtypes
     import onnx_ir as ir
 
@@ -90,21 +105,31 @@ def _store_in_4_bits(model: Any) -> None:
         codes = node.inputs[0]
         if codes.const_value is None or codes.dtype != ir.DataType.INT8:
             continue
-        values = codes.const_value.numpy()
-        if not -8 <= values.min() <= values.max() <= 7:
+        found = narrowed(codes.const_value.numpy())
+        if found is None:
             continue
-        codes.const_value = ir.tensor(values.astype(ml_dtypes.int4), ir.DataType.INT4, name=codes.name)
-        codes.dtype = ir.DataType.INT4
         readers = list(codes.uses())
-        cast = ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=f"{codes.name}_cast")
-        cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = (
-            f"{codes.name}_int8",
-            ir.DataType.INT8,
-            codes.shape,
-        )
-        model.graph.insert_before(node, cast)
+        codes.const_value = ir.tensor(found[0].astype(ml_dtypes.int4), ir.DataType.INT4, name=codes.name)
+        codes.dtype = ir.DataType.INT4
+        wide, name = codes, codes.name
+        if found[1] > 1:
+            factor = ir.Value(name=f"{name}_factor", const_value=ir.tensor(found[1], ir.DataType.INT32))
+            model.graph.register_initializer(factor)
+            wide = _insert(model, node, "Cast", [wide], f"{name}_int32", ir.DataType.INT32)
+            wide = _insert(model, node, "Mul", [wide, factor], f"{name}_wide", ir.DataType.INT32)
+        wide = _insert(model, node, "Cast", [wide], f"{name}_int8", ir.DataType.INT8)
         for reader, index in readers:
-            reader.replace_input_with(index, cast.outputs[0])
+            reader.replace_input_with(index, wide)
+
+
+def _insert(model: Any, before: Any, name: str, inputs: list[Any], output: str, dtype: Any) -> Any:
+    """The output of a new node whose result looks like its first input, of another type."""
+    import onnx_ir as ir
+
+    node = ir.node(name, inputs, {"to": dtype} if name == "Cast" else {}, name=output)
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = output, dtype, inputs[0].shape
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
 
 
 def _transpose_at_rest(model: Any) -> None:
@@ -124,6 +149,22 @@ def _transpose_at_rest(model: Any) -> None:
         dequantize.outputs[0].shape = codes.shape
         node.outputs[0].replace_all_uses_with(dequantize.outputs[0])
         model.graph.remove(node, safe=True)
+
+
+def _pool_globally(model: Any) -> None:
+    """Let means over all pixels be GlobalAveragePool, which has an integer kernel, in place."""
+    import onnx_ir as ir
+
+    for node in [node for node in model.graph if node.op_type == "ReduceMean"]:
+        shape, axes = node.inputs[0].shape, node.inputs[1].const_value
+        if shape is None or len(shape) != 4 or axes is None or not node.attributes["keepdims"].as_int():
+            continue
+        if sorted(int(axis) % 4 for axis in axes.numpy()) == [2, 3]:
+            pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
+            pool.outputs[0].dtype, pool.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+            model.graph.insert_before(node, pool)
+            node.outputs[0].replace_all_uses_with(pool.outputs[0])
+            model.graph.remove(node, safe=True)
 
 
 def _name_layers(model: Any) -> None:
@@ -148,12 +189,3 @@ def _forget_sources(model: Any) -> None:
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch says of itself while it exports: none of it concerns the network."""
-    with warnings.catch_warnings():
-        # torch copies a deprecated class of its own.
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        yield

@@ -11,7 +11,9 @@ from torch import fx
 from zsq.core import MissingExtra, RecipeError, RunError
 from zsq.core.run import save_atomically
 from zsq.export.lower import Dialect, integer_weight, lower, why_float
-from zsq.export.onnx import Onnx, onnx_bytes
+from zsq.export.onnx import Onnx, narrowed, onnx_bytes
+from zsq.export.openvino import openvino_bytes
+from zsq.export.pt2e import Decomposed, pt2_bytes
 from zsq.export.targets import Target, find_target
 from zsq.nets.graph import layers, matmuls, module_of
 
@@ -20,7 +22,7 @@ __all__ = ["Plan", "plan"]
 _EXTRAS = {
     ".onnx": ("onnx", ("onnx", "onnx_ir", "onnxscript", "ml_dtypes")),
     ".xml": ("openvino", ("onnx", "onnx_ir", "onnxscript", "ml_dtypes", "openvino")),
-    ".pt2": ("pt2e", ("torchao",)),
+    ".pt2": ("pt2e", ()),  # torchao runs the file; torch alone writes it
 }
 """The extra that writes a file, and the packages of it that are imported."""
 
@@ -53,6 +55,8 @@ class Plan:
         said.append(f"speed of integers: {self.target.integer}")
         if self.floating:
             said.append(f"speed of what stays float: {self.target.floating}")
+            if self.about.get("zsq.protocol") not in (None, self.target.protocol.name):
+                said.append(f"quantizers where {self.target.name} wants them: --protocol {self.target.protocol.name}")
         return said
 
     def write(self, out: str | Path, force: bool = False) -> Path:
@@ -66,12 +70,20 @@ class Plan:
         path = Path(out)
         if path.suffix != self.target.suffix:
             raise RecipeError(f"{self.target.name} writes {self.target.suffix} files: {path} has another suffix")
-        if path.exists() and not force:
-            raise RunError(f"{path} exists: choose another name, or overwrite it with --force")
+        for each in self.files(path):
+            if each.exists() and not force:
+                raise RunError(f"{each} exists: choose another name, or overwrite it with --force")
         place = next(parent for parent in path.absolute().parents if parent.exists())
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)) or path.is_dir():
             raise RunError(f"cannot write {path}: choose a place that can be written")
-        save_atomically(path, onnx_bytes(self.graph, self.input_shape, self.target, self.about))
+        if path.suffix == ".pt2":
+            save_atomically(path, pt2_bytes(self.graph, self.input_shape, self.about))
+            return path
+        content = onnx_bytes(self.graph, self.input_shape, self.target, self.about)
+        if path.suffix == ".xml":
+            content, weights = openvino_bytes(content, self.about)
+            save_atomically(path.with_suffix(".bin"), weights)  # first: an .xml never stands without its weights
+        save_atomically(path, content)
         return path
 
     def files(self, out: str | Path) -> list[Path]:
@@ -94,10 +106,10 @@ def plan(
     extra, packages = _EXTRAS[target.suffix]
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         raise MissingExtra(f"{target.name} needs {', '.join(missing)}: pip install 'zsq[{extra}]'")
-    ops: Dialect = Onnx()
+    ops: Dialect = Decomposed() if target.suffix == ".pt2" else Onnx()
     graph = lower(student, target, ops)
     nodes = [*layers(graph), *(product.node for product in matmuls(graph))]
-    reasons = {str(node.target) if node.op == "call_module" else node.name: why_float(node) for node in nodes}
+    reasons = {str(node.target) if node.op == "call_module" else node.name: why_float(node, target) for node in nodes}
     codes = [kept.codes for node in layers(graph) if (kept := integer_weight(module_of(node))) is not None]
     return Plan(
         target=target,
@@ -106,5 +118,5 @@ def plan(
         about={**about, "zsq.target": target.name},
         integer=tuple(name for name, reason in reasons.items() if reason is None),
         floating={name: reason for name, reason in reasons.items() if reason is not None},
-        int4=sum(bool(each.min() >= -8 and each.max() <= 7) for each in codes),
+        int4=sum(narrowed(each.numpy()) is not None for each in codes),
     )

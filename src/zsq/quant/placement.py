@@ -227,6 +227,10 @@ def float_tensors(graph: fx.GraphModule) -> list[str]:
     readers += [node for node in graph.graph.nodes if node.target in _ARITHMETIC]
     left = []
     for reader in dict.fromkeys(readers):
+        if reader.target in _CONCATENATIONS and all(
+            isinstance(module_of(user), ActivationQuantizer) for user in reader.users
+        ):
+            continue  # rounding acts on each number alone, before or after they are joined
         for source in reader.all_input_nodes:
             origin = source
             while moves_values(origin) and origin.all_input_nodes:
@@ -266,7 +270,8 @@ def _maps(graph: fx.GraphModule, computing: set[fx.Node]) -> set[fx.Node]:
     """The nodes whose values integer convolutions made, directly or through what computes with their outputs alone."""
     maps: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        operands = [each for each in node.all_input_nodes if "shape" in each.meta and each.op != "get_attr"]
+        values = [each for each in node.all_input_nodes if each.op != "get_attr"]
+        operands = [each for each in values if "shape" in each.meta or moves_values(each)]  # parts of a split have none
         module = module_of(node)
         if isinstance(module, _ConvNd):
             made = node in computing

@@ -89,16 +89,18 @@ class Graph:
         return self._readers[name]
 
     def constant(self, name: str) -> "Array | None":
-        """The value of the tensor ``name`` if it is a constant, seen through casts; None if it is computed."""
+        """The value of the tensor ``name`` if it is a constant, or made of constants as 4-bit weights are widened."""
         from onnx import numpy_helper
 
+        if name in self._tensors:
+            return numpy_helper.to_array(self._tensors[name])
         node = self._maker.get(name)
-        while node is not None and node.op_type == "Cast":
-            name = node.input[0]
-            node = self._maker.get(name)
-        if node is not None and node.op_type == "Constant":
-            return next((numpy_helper.to_array(each.t) for each in node.attribute if each.name == "value"), None)
-        return numpy_helper.to_array(self._tensors[name]) if name in self._tensors else None
+        if node is None or node.op_type not in ("Cast", "Mul"):
+            return None
+        values = [value for each in node.input if (value := self.constant(each)) is not None]
+        if len(values) < len(node.input):
+            return None
+        return values[0] if node.op_type == "Cast" else values[0].astype(np.int32) * values[1]
 
     def dequantized(self, name: str) -> "NodeProto | None":
         """The DequantizeLinear that the tensor ``name`` comes from, seen through nodes that only move values."""
@@ -117,9 +119,10 @@ class Graph:
         return np.zeros((), np.uint8) if found is None else found
 
     def original(self, name: str) -> "NodeProto | None":
-        """The computing node from which a runtime made its layer ``name``: runtimes only add to names."""
-        names = {node.name: node for node in self.computing if node.name and name.startswith(node.name)}
-        return names[max(names, key=len)] if names else None
+        """The computing node from which a runtime made its layer ``name``: its own name or its output's, and more."""
+        names = {each: node for node in self.computing for each in (node.output[0], node.name) if each}
+        found = [each for each in names if name.startswith(each)]
+        return names[max(found, key=len)] if found else None
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ Layers = list[dict[str, str]]
 
 _COMPUTING = ("Convolution", "FullyConnected", "MatMul")
 """OpenVINO's layers that multiply and add: what should run in integers."""
+_FACTS = ("runtimePrecision", "primitiveType", "originalLayersNames")
 
 
 def read_frame(stream: IO[bytes]) -> bytes | None:
@@ -76,8 +77,10 @@ def openvino(file: str, threads: int, precision: str = "f32") -> tuple[Network, 
         about = operation.get_rt_info()
         kind = str(about["layerType"].value)
         if kind.endswith(_COMPUTING):
-            facts = {"precision": "runtimePrecision", "names": "originalLayersNames"}
-            layers.append({"type": kind, **{key: str(about[name].value) for key, name in facts.items()}})
+            precision, primitive, names = (str(about[name].value) for name in _FACTS)
+            multiplies = primitive.rpartition("_")[2]  # of integer weights alone, runtimePrecision tells only of them
+            precision = multiplies if "f" in multiplies else precision
+            layers.append({"type": kind, "precision": precision, "names": names})
     request = compiled.create_infer_request()
     return lambda images: np.array(request.infer([images])[0]), b"", layers
 
