@@ -21,14 +21,14 @@ __all__ = [
     "bias_faults",
     "grid_faults",
     "integer_faults",
-    "left_by_onnxruntime",
-    "left_by_openvino",
     "not_between_integers",
+    "not_by_onnxruntime",
+    "not_by_openvino",
 ]
 
 _COMPUTING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_FLOAT_KERNELS = {*_COMPUTING, "FusedConv", "FusedGemm", "FusedMatMul"}
-"""What ONNX Runtime calls the kernels that multiply and add floats, in any of its domains."""
+_INTEGER_KERNELS = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+"""What ONNX Runtime calls the kernels that multiply and add integers, in any of its domains."""
 _MOVING = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Gather", "Split"}
 """Operators that only pick or move values: what they make lies on the grid of what they read."""
 _CLIPPING = {"Clip", "Min", "Max"}
@@ -41,6 +41,8 @@ class FloatLayer:
     name: str
     """Its dotted name in the network."""
     reason: str
+    fault: bool = True
+    """Whether the file or the runtime falls short of what was planned; if not, the runtime has its reasons."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ class Graph:
             node = self._maker.get(node.input[0])
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
+    def weight(self, node: "NodeProto") -> "Array | None":
+        """The integers of the weight of a computing node; None for a float weight, and for a second activation."""
+        dequantize = self.dequantized(node.input[1])
+        return None if dequantize is None else self.constant(dequantize.input[0])
+
     def scale(self, node: "NodeProto") -> "Array | None":
         """The scale of a QuantizeLinear or DequantizeLinear; None if it is computed."""
         return self.constant(node.input[1])
@@ -135,7 +142,7 @@ def integer_faults(graph: Graph, wanted: Mapping[str, Integers]) -> list[str]:
     for name, integers in wanted.items():
         weight, bias = [*nodes[name].input, ""][1:3] if name in nodes else ("", "")
         if (held := graph.dequantized(weight)) is not None:  # what is float is told elsewhere
-            found, scale = graph.constant(held.input[0]), graph.scale(held)
+            found, scale = graph.weight(nodes[name]), graph.scale(held)
             equal = found is not None and any(
                 np.array_equal(found, each) for each in (integers.codes, integers.codes.T)
             )
@@ -240,27 +247,55 @@ def _integer_range(graph: Graph, node: "NodeProto") -> tuple[int, int]:
 
 def not_between_integers(graph: Graph) -> list[FloatLayer]:
     """The layers that do not read integers on both sides; what any runtime needs."""
-    reasons = ((node.name, _unquantized(graph, node)) for node in graph.computing)
+    reasons = ((layer_name(node), _unquantized(graph, node)) for node in graph.computing)
     return [FloatLayer(name, reason) for name, reason in reasons if reason is not None]
 
 
-def left_by_onnxruntime(graph: Graph, optimised: "ModelProto") -> list[FloatLayer]:
-    """The layers for which ONNX Runtime took a float kernel; ``optimised`` is what it made of the file."""
-    kernels = [kernel for kernel in optimised.graph.node if kernel.op_type in _FLOAT_KERNELS]
-    return [_left(graph, [kernel.name], "ONNX Runtime") for kernel in kernels]
+def not_by_onnxruntime(graph: Graph, optimised: "ModelProto") -> list[FloatLayer]:
+    """The layers for which ONNX Runtime took no integer kernel; ``optimised`` is what it made of the file."""
+    kernels = [node.name for node in optimised.graph.node if node.op_type in _INTEGER_KERNELS]
+    reasons = {layer_name(node): _why_float(graph, node) for node in _without(graph, kernels)}
+    return [FloatLayer(name, reason or "ONNX Runtime took no integer kernel") for name, reason in reasons.items()]
 
 
-def left_by_openvino(graph: Graph, layers: list[dict[str, str]]) -> list[FloatLayer]:
-    """The same for OpenVINO, from the precision in which its layers run."""
-    floats = [layer for layer in layers if "f" in layer["precision"]]  # f32, bf16 ...; integers are i8 and u8
-    return [_left(graph, layer["names"].split(","), "OpenVINO") for layer in floats]
+def not_by_openvino(graph: Graph, layers: list[dict[str, str]]) -> list[FloatLayer]:
+    """The same for OpenVINO, from the precision in which its layers run: i8 and u8, or f32, bf16 ...
+
+    Products of two activations are no fault of the file: OpenVINO multiplies them in integers only at some places, and
+    where it fuses attention into one kernel it does not tell.
+    """
+    integer = [layer for layer in layers if "f" not in layer["precision"]]
+    fused = {node.name for name in _names(layers, "Subgraph") if (node := graph.original(name)) is not None}
+    left = []
+    for node in _without(graph, _names(integer)):
+        reason = _why_float(graph, node)
+        if reason is None and graph.weight(node) is None:
+            how = (
+                "fuses it into a kernel that does not tell"
+                if node.name in fused
+                else "multiplies its activations in float"
+            )
+            left.append(FloatLayer(layer_name(node), f"OpenVINO {how}", fault=False))
+        else:
+            left.append(FloatLayer(layer_name(node), reason or "OpenVINO took no integer kernel"))
+    return left
 
 
-def _left(graph: Graph, names: list[str], runtime: str) -> FloatLayer:
-    node = next((found for name in names if (found := graph.original(name)) is not None), None)
-    if node is None:
-        return FloatLayer(names[0], f"{runtime} made it, and it is no layer of the file")
-    return FloatLayer(node.name, _why_float(graph, node) or f"{runtime} did not take an integer kernel")
+def _names(layers: list[dict[str, str]], kind: str = "") -> list[str]:
+    """The names that the nodes of ``layers`` had, of one ``kind`` or of all."""
+    return [name for layer in layers if kind in layer["type"] for name in layer["names"].split(",")]
+
+
+def _without(graph: Graph, kernels: list[str]) -> "list[NodeProto]":
+    """The computing nodes from which none of the integer ``kernels`` was made."""
+    made = {node.name for kernel in kernels if (node := graph.original(kernel)) is not None}
+    return [node for node in graph.computing if node.name not in made]
+
+
+def layer_name(node: "NodeProto") -> str:
+    """The dotted name of a layer; a product, which is no layer, is called as in the graph that was exported."""
+    name: str = node.name
+    return name.removeprefix("node_")
 
 
 def _why_float(graph: Graph, node: "NodeProto") -> str | None:

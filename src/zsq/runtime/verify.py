@@ -1,5 +1,6 @@
 """Whether an exported file is right: by its structure, and by its numbers on each runtime."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +29,9 @@ from zsq.runtime.structure import (
     bias_faults,
     grid_faults,
     integer_faults,
-    left_by_onnxruntime,
-    left_by_openvino,
     not_between_integers,
+    not_by_onnxruntime,
+    not_by_openvino,
 )
 from zsq.runtime.worker import Array
 
@@ -258,21 +259,21 @@ def _check_kernels(case: _Case, session: Session) -> None:
     if session.runtime == "onnxruntime":
         import onnx
 
-        left = left_by_onnxruntime(case.graph, onnx.load_model_from_string(session.optimised))
+        left = not_by_onnxruntime(case.graph, onnx.load_model_from_string(session.optimised))
     else:
-        left = left_by_openvino(case.graph, session.layers)
+        left = not_by_openvino(case.graph, session.layers)
     _kernels_found(case, f"kernels of {NAMES[session.runtime]}", left, "run in integers")
 
 
 def _kernels_found(case: _Case, name: str, left: list[FloatLayer], what: str) -> None:
+    """Add a check that fails if layers are ``left`` that are to run in integers."""
+    kinds = Counter(node.op_type for node in case.graph.computing)
+    count = sum(kinds.values())
+    which = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     planned = case.plan.floating
-    unplanned = [layer for layer in left if layer.name not in planned]
-    count = len(case.graph.computing)
-    kinds = ", ".join(
-        f"{sum(node.op_type == kind for node in case.graph.computing)} {kind}"
-        for kind in dict.fromkeys(node.op_type for node in case.graph.computing)
-    )
-    said = f"{count - len(left)} of {count} layers ({kinds}) {what}"
-    faults = [f"{layer.name} is left in float: {layer.reason}" for layer in unplanned]
-    fine = [said, *(f"{name} is float by plan: {reason}" for name, reason in planned.items())]
-    case.checks.append(Check(name, not faults, tuple([said, *faults] if faults else fine)))
+    faults = [each for each in left if each.fault and each.name not in planned]
+    says = [f"{count - len(left)} of {count} layers ({which}) {what}"]
+    says += [f"{each.name} is left in float: {each.reason}" for each in faults]
+    says += [f"{each.name} is no fault: {each.reason}" for each in left if not each.fault]
+    says += [f"{each.name} is float by plan: {planned[each.name]}" for each in left if each.name in planned]
+    case.checks.append(Check(name, not faults, tuple(says)))

@@ -22,8 +22,8 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 Network = Callable[[Array], Array]
 Layers = list[dict[str, str]]
 
-_COMPUTING = ("Convolution", "FullyConnected", "MatMul")
-"""OpenVINO's layers that multiply and add: what should run in integers."""
+_COMPUTING = ("Convolution", "FullyConnected", "MatMul", "Subgraph")
+"""OpenVINO's layers that multiply and add: what should run in integers. A subgraph is several in one kernel."""
 _FACTS = ("runtimePrecision", "primitiveType", "originalLayersNames")
 
 
