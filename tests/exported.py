@@ -20,12 +20,15 @@ class Exported:
     float_file: Path
 
     def changed(self, change: Callable[[onnx.ModelProto], None], into: Path) -> Path:
-        """The path of a copy of the file in the folder ``into`` on which ``change`` has worked."""
-        model = onnx.load(self.file)
-        change(model)
-        del model.graph.value_info[:]  # types may be others now
-        onnx.save(model, into / "changed.onnx")
-        return into / "changed.onnx"
+        return changed(self.file, change, into)
+
+
+def changed(file: Path, change: Callable[[onnx.ModelProto], None], into: Path) -> Path:
+    """The path of a copy of ``file`` in the folder ``into`` on which ``change`` has worked."""
+    model = onnx.load(file)
+    change(model)
+    onnx.save(model, into / "changed.onnx")
+    return into / "changed.onnx"
 
 
 def node_called(model: onnx.ModelProto, name: str) -> onnx.NodeProto:

@@ -164,6 +164,36 @@ def test_what_is_float_by_plan_is_no_fault(tmp_path: Path):
         assert kernels.says[1] == "0 is float by plan: it reads images in float"
 
 
+def test_openvinos_own_file_is_verified_on_openvino(tmp_path: Path):
+    words = {"protocol": "openvino", "out": tmp_path / "run", **tiny.settings("nearest")}
+    quantize(tiny.cnn(), "nearest", "w4a8", **words).export(tmp_path / "tiny.xml", "openvino")
+    found = verify(tmp_path / "tiny.xml", tmp_path / "run", model=tiny.cnn())
+    assert faults(found) == {}
+    assert [check.name for check in found.checks] == ["kernels of OpenVINO", "numbers, 8 images of the run"]
+    assert found.checks[0].says == ("6 of 6 layers (5 Conv, 1 Gemm) run in integers",)
+    weights = (tmp_path / "tiny.bin").read_bytes()
+    (tmp_path / "tiny.bin").write_bytes(weights[:-100])
+    broken = faults(verify(tmp_path / "tiny.xml", tmp_path / "run", model=tiny.cnn()))
+    assert broken["OpenVINO"].startswith("OpenVINO cannot load the file: ")
+    whole = (tmp_path / "tiny.xml").read_bytes()
+    for size in range(0, len(whole) - 20, 4001):
+        (tmp_path / "tiny.xml").write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="is no complete file of OpenVINO"):
+            verify(tmp_path / "tiny.xml", tmp_path / "run", model=tiny.cnn())
+
+
+def test_a_file_for_tensorrt_is_checked_by_structure(tmp_path: Path):
+    words = {"protocol": "tensorrt", "out": tmp_path / "run", **tiny.settings("nearest")}
+    quantize(tiny.cnn(), "nearest", "w8a8", **words).export(tmp_path / "tiny.onnx", "tensorrt")
+    found = verify(tmp_path / "tiny.onnx", tmp_path / "run", model=tiny.cnn())
+    assert faults(found) == {}
+    check = next(check for check in found.checks if check.name == "structure for tensorrt")
+    assert check.says == ("6 of 6 layers (5 Conv, 1 Gemm) read integers; not run on that target here",)
+    bent = plant.changed(tmp_path / "tiny.onnx", plant.read_float("7"), tmp_path)
+    broken = faults(verify(bent, tmp_path / "run", model=tiny.cnn()))
+    assert "7 is left in float: its input is not quantized" in broken["structure for tensorrt"]
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +234,7 @@ def test_bad_input_is_refused_in_a_line(exported: Exported, tmp_path: Path, caps
         tmp_path / "text.onnx": "is no complete ONNX file",
         tmp_path / "empty.onnx": "is no complete ONNX file",
         tmp_path / "none.onnx": "cannot be read (No such file or directory)",
-        tmp_path: "is no .onnx file",
+        tmp_path: "is none of .onnx, .xml",
         exported.float_file: "was not exported by zsq",
         other: "was exported from another run",
     }.items():

@@ -1,7 +1,9 @@
 """Exported files as this package reads them: ONNX (``.onnx``), and OpenVINO's pair of ``.xml`` and ``.bin``."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 from zsq.core import CheckpointError, MissingExtra
 from zsq.runtime.sessions import installed, require
@@ -9,7 +11,7 @@ from zsq.runtime.sessions import installed, require
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["image_shape", "read_onnx", "runtimes_of", "size_of"]
+__all__ = ["about", "image_shape", "read_onnx", "runtimes_of", "size_of"]
 
 _RUNTIMES = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",)}
 _EXTRAS = {".onnx": "ort", ".xml": "openvino"}
@@ -53,6 +55,29 @@ def read_onnx(file: str | Path) -> "ModelProto":
     if not model.graph.node or not model.opset_import:
         raise CheckpointError(f"{file} is no complete ONNX file: it has no graph, or no operator set")
     return model
+
+
+def about(file: str | Path) -> dict[str, str]:
+    """What an exported file says of itself, such as ``method`` and ``bits``; nothing if it is not from zsq.
+
+    Raises:
+        CheckpointError: if it is missing, incomplete or of another kind.
+    """
+    if Path(file).suffix == ".xml":
+        entries = _runtime_information(file)
+    else:
+        entries = {each.key: each.value for each in read_onnx(file).metadata_props}
+    return {key.removeprefix("zsq."): value for key, value in entries.items() if key.startswith("zsq.")}
+
+
+def _runtime_information(file: str | Path) -> dict[str, str]:
+    try:
+        entry = ElementTree.parse(file).find("rt_info/zsq")
+        return {} if entry is None else dict(json.loads(entry.get("value", "{}")))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}): zsq export makes one") from error
+    except (ElementTree.ParseError, ValueError) as error:
+        raise CheckpointError(f"{file} is no complete file of OpenVINO: it is cut short, or of another kind") from error
 
 
 def image_shape(model: "ModelProto") -> tuple[int, int, int]:

@@ -15,10 +15,11 @@ from zsq.core import CheckpointError
 from zsq.evaluate import Images, check_images, read_images
 from zsq.export import Plan, find_target, plan
 from zsq.export.lower import IntegerActivation, IntegerBias, integer_weight
+from zsq.export.onnx import onnx_bytes
 from zsq.nets.graph import layers, module_of
 from zsq.nets.load import Network
 from zsq.runtime.adapters import images_of
-from zsq.runtime.files import read_onnx
+from zsq.runtime.files import about, read_onnx
 from zsq.runtime.numerics import Distance, Labels, distance
 from zsq.runtime.sessions import NAMES, RuntimeFailure, Session, installed, require
 from zsq.runtime.structure import (
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "Verification", "verify"]
 
-_RUNTIMES = ("onnxruntime", "onnxruntime-unoptimised", "openvino")
+_RUNTIMES = {".onnx": ("onnxruntime", "onnxruntime-unoptimised", "openvino"), ".xml": ("openvino",)}
 _MOST_IMAGES = 256
 """Synthetic images that are compared, at most."""
 
@@ -78,10 +79,10 @@ class _Case:
     """A file, what it was made of, and what was found so far."""
 
     file: Path
-    model: "ModelProto"
     graph: Graph
+    """Of the file; for OpenVINO's, of the ONNX file that it is made of."""
     plan: Plan
-    student: nn.Module
+    student: fx.GraphModule
     network: Network
     checks: list[Check] = field(default_factory=list)
 
@@ -115,29 +116,38 @@ def verify(
     threads: int = 1,
     progress: Callable[[str, int, int], None] = lambda label, done, count: None,
 ) -> Verification:
-    """What is right and what is wrong about ``file``, an ONNX file that was exported from the folder ``run``.
+    """What is right and what is wrong about ``file`` (.onnx or .xml), which was exported from the folder ``run``.
 
     Looked at are the file; the weights, biases and grids in it; the kernels that ONNX Runtime and OpenVINO take; and
     the logits of both beside the simulation and the float network: on the images of the run, or on noise where its
-    method makes none, and on ``data``. ``model`` is needed if the run was made from a module in memory.
+    method makes none, and on ``data``. Of an .xml, what OpenVINO makes of it. ``model`` is needed if the run was made
+    from a module in memory.
 
     Raises:
         CheckpointError: if the file is missing, incomplete, of another kind, or exported from another run.
-        MissingExtra: if onnx or onnxruntime is not installed. Without openvino its check says so.
+        MissingExtra: if onnx, or the runtime of the file, is not installed. Without a second one, a check says so.
         ZsqError: if the run or the data cannot be read.
     """
-    require("onnx", "onnxruntime")
-    case = _case(Path(file), run, model)
-    sets = _images(run, data, case.network)
-    about = _about(case.model)
-    if fault := _invalid(case.model):
-        case.found("file", [fault], "")  # what is no valid graph is not handed to a runtime
-        return Verification(str(file), about, tuple(case.checks), {})
-    case.found("file", [], "a valid ONNX file")
-    _check_values(case)
+    path = Path(file)
+    if path.suffix not in _RUNTIMES:
+        raise CheckpointError(f"{file} is none of {', '.join(_RUNTIMES)}: others are not verified here")
+    runtimes = _RUNTIMES[path.suffix]
+    require("onnx", runtimes[0])
+    says = about(path)
+    student, network = _made_of(says, path, run, model)
+    sets = _images(run, data, network)
+    planned = plan(student, network.input_shape, find_target(says.get("target", "")), {})
+    content = read_onnx(path) if path.suffix == ".onnx" else _as_onnx(planned)
+    case = _Case(path, Graph(content), planned, student, network)
+    if path.suffix == ".onnx":
+        if fault := _invalid(content):
+            case.found("file", [fault], "")  # what is no valid graph is not handed to a runtime
+            return Verification(str(file), says, tuple(case.checks), {})
+        case.found("file", [], "a valid ONNX file")
+        _check_values(case)
     compared = {name: _Comparison(case, *each) for name, each in sets.items()}
-    for index, runtime in enumerate(_RUNTIMES):
-        progress(f"verify on {NAMES[runtime]}", index, len(_RUNTIMES))
+    for index, runtime in enumerate(runtimes):
+        progress(f"verify on {NAMES[runtime]}", index, len(runtimes))
         if not installed(runtime):
             case.checks.append(Check(NAMES[runtime], None, ("not looked at, because it is not installed",)))
             continue
@@ -152,29 +162,27 @@ def verify(
         faults = [f"{one.name} {one.fault}" for one in each.found if one.fault]
         case.found(f"numbers, {name}", faults, "all as near to the float network as the simulation")
     numbers = {name: tuple(each.found) for name, each in compared.items()}
-    return Verification(str(file), about, tuple(case.checks), numbers)
+    return Verification(str(file), says, tuple(case.checks), numbers)
 
 
-def _case(file: Path, run: str | Path, model: str | nn.Module | Network | None) -> _Case:
-    """The file and the run that it says it was made of."""
-    if file.suffix != ".onnx":
-        raise CheckpointError(f"{file} is no .onnx file: others are not verified here")
-    content = read_onnx(file)
-    about, metrics = _about(content), read_metrics(run)
-    if not about:
+def _made_of(
+    says: Mapping[str, str], file: Path, run: str | Path, model: str | nn.Module | Network | None
+) -> tuple[fx.GraphModule, Network]:
+    """The student and the network of ``run``, from which the ``file`` ``says`` that it was made."""
+    metrics = read_metrics(run)
+    if not says:
         raise CheckpointError(f"{file} was not exported by zsq: it does not say from which run it was made")
     for key in ("teacher", "method", "bits", "seed"):
-        if about.get(key) != str(metrics[key]):
-            raise CheckpointError(f"{file} was exported from another run: {key} {about.get(key)}, not {metrics[key]}")
-    student, network = load(run, model)
-    planned = plan(student, network.input_shape, find_target(about.get("target", "")), {})
-    return _Case(file, content, Graph(content), planned, student, network)
+        if says.get(key) != str(metrics[key]):
+            raise CheckpointError(f"{file} was exported from another run: {key} {says.get(key)}, not {metrics[key]}")
+    return load(run, model)
 
 
-def _about(model: "ModelProto") -> dict[str, str]:
-    """What a file says of itself."""
-    entries = {each.key: each.value for each in model.metadata_props}
-    return {key.removeprefix("zsq."): value for key, value in entries.items() if key.startswith("zsq.")}
+def _as_onnx(planned: Plan) -> "ModelProto":
+    import onnx
+
+    content = onnx_bytes(planned.graph, planned.input_shape, planned.target, {})
+    return onnx.load_model_from_string(content)
 
 
 def _images(
