@@ -3,7 +3,7 @@
     python experiments/adapters_table.py zoo:resnet20-cifar10 zoo:mobilenetv2-cifar10 --data cifar10-test.zip
 
 Needs onnxruntime, openvino and nncf. Each network is quantized by both tools, at their defaults but for per-channel
-weights and uint8 activations in ONNX Runtime, with 256 images of three kinds: made by ZeroQ (effort fast), pixels drawn
+weights and uint8 activations in ONNX Runtime, with 64 images of three kinds: made by ZeroQ (effort fast), pixels drawn
 evenly, and Gaussian noise in normalised space. What the files make of the real images is printed as a table.
 """
 
@@ -24,12 +24,12 @@ from zsq.runtime.adapters import CalibrationReader, nncf_dataset
 from zsq.runtime.floats import export_float
 from zsq.runtime.sessions import Session
 
-SAMPLES = 256
+SAMPLES = 64
 KINDS = ("zeroq", "even pixels", "Gaussian noise")
 
 
 def images_of(kind: str, model: str, network: zsq.Network, seed: int) -> np.ndarray:
-    """Normalised images (256, C, H, W) to calibrate with."""
+    """Normalised images (64, C, H, W) to calibrate with."""
     if kind == "zeroq":
         made, _ = zsq.synthesize(model, kind, SAMPLES, effort="fast", seed=seed, device="cpu")
         return made.images.numpy()
