@@ -36,6 +36,6 @@ clean:
 
 # torchvision and timm without their requirements: theirs on torch would replace it.
 .venv/test.stamp: .venv/demo.stamp
-	$(PIP) --editable '.[digits,onnx,openvino,pt2e,dev]' onnxruntime huggingface_hub pyyaml
+	$(PIP) --editable '.[digits,onnx,ort,openvino,pt2e,dev]' huggingface_hub pyyaml
 	$(PIP) --no-deps torchvision timm
 	touch $@

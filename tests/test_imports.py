@@ -24,7 +24,8 @@ ALLOWED = {
     "store": "core nets quant",
     "export": "core nets quant export",
     "api": "core nets quant export methods evaluate store version zoo",
-    "cli": "allocator core nets methods evaluate api torchrun zoo version",
+    "runtime": "core nets export evaluate api runtime",
+    "cli": "allocator core nets methods evaluate api runtime torchrun zoo version",
     "__main__": "cli",
     "__init__": "api core evaluate methods nets version",
     "allocator": "",
@@ -73,7 +74,7 @@ def test_only_evaluate_opens_a_dataset():
     datasets = {"sklearn", "zipfile", "datasets", "torchvision.datasets"}
     assert [where(path) for path in FILES if imported(path) & datasets or "sklearn" in outside(path)] == ["evaluate.py"]
     readers = {where(path) for path in FILES if "zsq.evaluate" in imported(path)}
-    assert readers == {"__init__.py", "api.py", "cli.py", "zoo/train.py"}
+    assert readers == {"__init__.py", "api.py", "cli.py", "runtime/verify.py", "zoo/train.py"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if where(path) != "core/run.py"], ids=where)
@@ -114,7 +115,7 @@ def test_every_method_file_is_listed():
 
 
 def test_importing_zsq_is_cheap():
-    heavy = {"torchvision", "timm", "onnx", "sklearn", "typer", "rich"}
+    heavy = {"torchvision", "timm", "onnx", "onnxruntime", "openvino", "nncf", "sklearn", "typer", "rich"}
     script = f"import sys, zsq, zsq.api; print(sorted(set(sys.modules) & {heavy}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

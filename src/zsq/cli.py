@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from zsq.core import Batch, Method, Reporter
     from zsq.evaluate import Accuracy
     from zsq.nets.load import Network
+    from zsq.runtime.benchmark import Benchmark
+    from zsq.runtime.numerics import Distance
+    from zsq.runtime.verify import Verification
 
 __all__ = ["app", "main"]
 
@@ -61,12 +64,13 @@ PrecisionName = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+FileThreads = Annotated[int, typer.Option(min=1, help="CPU threads of each runtime.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 DATA_HELP = "A .zip or folder in ImageFolder layout, an .npz with x and y, or digits. Only ever read to report."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake of the caller, 130 for Ctrl-C."""
+    """Run one command and return its exit code: 0, 1 where verify found a fault, 2 for a mistake of the caller, 130."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     keep_freed_memory()
@@ -370,6 +374,75 @@ def export(
         print(f"wrote {path} ({size:,} bytes)")
 
 
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An .onnx file of zsq export.", show_default=False)],
+    run: Annotated[Path, typer.Option(metavar="RUN", help="The run folder that it was exported from.")],
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    threads: FileThreads = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that an exported file is right.
+
+    Looks at its integers, at the kernels that ONNX Runtime and OpenVINO take, and at what both compute beside the
+    simulation and the float network. Exit code 1 if anything failed; every fault has a sentence.
+    """
+    from dataclasses import asdict
+
+    from zsq.runtime.verify import verify
+
+    _use_threads(threads)
+    with _progress() as reporter:
+        found = verify(file, run, data=data, threads=threads, **_reporting(reporter))
+    if as_json:
+        _print_json({"file": str(file), "passed": found.passed, "threads": threads, **asdict(found)})
+    else:
+        print("\n".join(_verification(found)))
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def benchmark(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An .onnx or .xml file.", show_default=False)],
+    float_file: Annotated[
+        Path | None, typer.Option("--float", metavar="FLOATFILE", help="The same network in float, as .onnx.")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Instead of --float: the run folder of the file, for its teacher."),
+    ] = None,
+    threads: FileThreads = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what an exported file costs.
+
+    Bytes, milliseconds at batch 1 and 8, and memory, beside the float file in interleaved runs on the same runtime.
+    """
+    if (float_file is None) == (run is None):
+        raise typer.BadParameter("give either --float FLOATFILE or --run RUN: speed is a ratio to the float file")
+    import tempfile
+    from dataclasses import asdict
+
+    from zsq.api import load
+    from zsq.runtime.benchmark import benchmark
+    from zsq.runtime.files import runtimes_of
+    from zsq.runtime.floats import export_float
+
+    runtimes_of(file)  # before the float file is made
+    with tempfile.TemporaryDirectory() as folder, _progress() as reporter:
+        beside = float_file
+        if run is not None:
+            beside = Path(folder) / "float.onnx"
+            export_float(load(run)[1], beside)
+        assert beside is not None
+        found = benchmark(file, beside, threads=threads, **_reporting(reporter))
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        print("\n".join(_costs(found)))
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"zsq {__version__}")
@@ -476,6 +549,50 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def _verification(found: "Verification") -> list[str]:
+    """The checks, one fault a line, and the numbers of each set of images."""
+    about = found.about
+    rows = [["file", "", f"{found.file} ({about['target']}, {about['method']} {about['bits']}, seed {about['seed']})"]]
+    verdicts = {True: "pass", False: "FAIL", None: "-"}
+    for check in found.checks:
+        rows += [
+            [check.name if index == 0 else "", verdicts[check.passed], say] for index, say in enumerate(check.says)
+        ]
+    lines = _table(rows)
+    for name, distances in found.numbers.items():
+        header = ["", "SNR to simulation", "SNR to float", "largest difference", "agrees", "agrees with float", "top-1"]
+        lines += ["", *_table([[name, *header[1:]], *(_numbers_row(each) for each in distances)])]
+    return [*lines, "", "verified" if found.passed else "FAILED"]
+
+
+def _numbers_row(each: "Distance") -> list[str]:
+    decibels = ["equal" if snr >= 200 else f"{snr:.1f} dB" for snr in (each.snr_simulation, each.snr_float)]
+    shares = [f"{share:.2f} %" for share in (each.agrees_simulation, each.agrees_float)]
+    return [each.name, *decibels, f"{each.largest:.3g}", *shares, "-" if each.top1 is None else f"{each.top1:.2f} %"]
+
+
+def _costs(found: "Benchmark") -> list[str]:
+    """Sizes, times and memory, each beside the float file."""
+    from zsq.runtime.sessions import NAMES
+
+    share = found.bytes / found.float_bytes
+    lines = [f"{found.file}: {found.bytes:,} bytes, the float file {found.float_bytes:,} ({share:.3f} of it)"]
+    header = ["runtime", "batch", "ms", "float ms", "times faster", "images/s", "float in bfloat16, ms"]
+    rows = [
+        [
+            NAMES[each.runtime],
+            str(each.batch),
+            *(f"{number:.2f}" for number in (each.milliseconds, each.float_milliseconds, each.ratio)),
+            f"{each.images_per_second:.0f}",
+            "-" if each.bfloat16_milliseconds is None else f"{each.bfloat16_milliseconds:.2f}",
+        ]
+        for each in found.timings
+    ]
+    lines += [f"threads: {found.threads}; medians of interleaved runs", "", *_table([header, *rows]), ""]
+    memory = [[NAMES[m.runtime], f"{m.bytes >> 20} MB", f"{m.float_bytes >> 20} MB"] for m in found.memory]
+    return [*lines, *_table([["peak memory", "file", "float file"], *memory])]
+
+
 class _Line:
     """A Reporter: one line on the terminal that shows the loop that runs."""
 
@@ -499,6 +616,10 @@ def _progress() -> Iterator["Reporter | None"]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield _Line(progress)
+
+
+def _reporting(reporter: "Reporter | None") -> dict[str, Any]:
+    return {} if reporter is None else {"progress": reporter.progress}
 
 
 # --- what was typed -----------------------------------------------------------------------------------------------
@@ -548,7 +669,10 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _write_images(made: "Batch", network: "Network", out: Path) -> None:
-    """An ``.npz`` with ``x`` and, for labelled images, ``y``; or PNGs, in one folder a class if they have labels."""
+    """An ``.npz`` with ``x``, ``mean``, ``std`` and, for labelled images, ``y``; or PNGs.
+
+    PNGs lie in one folder a class if they have labels.
+    """
     import io
 
     import numpy as np
@@ -561,6 +685,7 @@ def _write_images(made: "Batch", network: "Network", out: Path) -> None:
     labels = None if made.labels is None else made.labels.cpu().numpy()
     if out.suffix == ".npz":
         arrays: dict[str, np.ndarray[Any, Any]] = {"x": pixels} if labels is None else {"x": pixels, "y": labels}
+        arrays |= {"mean": np.array(network.mean), "std": np.array(network.std)}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         save_atomically(out, buffer.getvalue())

@@ -1,0 +1,105 @@
+"""What synthesized images are worth to the 8-bit quantizers of ONNX Runtime and NNCF, against random data.
+
+    python experiments/adapters_table.py zoo:resnet20-cifar10 zoo:mobilenetv2-cifar10 --data cifar10-test.zip
+
+Needs onnxruntime, openvino and nncf. Each network is quantized by both tools, at their defaults but for per-channel
+weights and uint8 activations in ONNX Runtime, with 64 images of three kinds: made by ZeroQ (effort fast), pixels drawn
+evenly, and Gaussian noise in normalised space. What the files make of the real images is printed as a table.
+"""
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+from statistics import mean, stdev
+
+import nncf
+import numpy as np
+import openvino
+import torch
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+import zsq
+from zsq.runtime.adapters import CalibrationReader, nncf_dataset
+from zsq.runtime.floats import export_float
+from zsq.runtime.sessions import Session
+
+SAMPLES = 64
+KINDS = ("zeroq", "even pixels", "Gaussian noise")
+
+
+def images_of(kind: str, model: str, network: zsq.Network, seed: int) -> np.ndarray:
+    """Normalised images (64, C, H, W) to calibrate with."""
+    if kind == "zeroq":
+        made, _ = zsq.synthesize(model, kind, SAMPLES, effort="fast", seed=seed, device="cpu")
+        return made.images.numpy()
+    rng, shape = torch.Generator().manual_seed(seed), (SAMPLES, *network.input_shape)
+    if kind == "Gaussian noise":
+        return torch.randn(shape, generator=rng).numpy()
+    centre, spread = (torch.tensor(each).view(-1, 1, 1) for each in (network.mean, network.std))
+    return ((torch.rand(shape, generator=rng) - centre) / spread).numpy()
+
+
+def by_onnxruntime(exact: Path, images: np.ndarray) -> Path:
+    """The file that ONNX Runtime makes of ``exact``."""
+    out = exact.with_name("ort.onnx")
+    quantize_static(
+        str(exact),
+        str(out),
+        CalibrationReader(images),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return out
+
+
+def by_nncf(exact: Path, images: np.ndarray) -> Path:
+    """The file that NNCF makes of ``exact``."""
+    model = nncf.quantize(openvino.Core().read_model(exact), nncf_dataset(images), subset_size=len(images))
+    openvino.save_model(model, exact.with_name("nncf.xml"))
+    return exact.with_name("nncf.xml")
+
+
+def top1(runtime: str, file: Path, network: zsq.Network, data: zsq.Images) -> float:
+    """Accuracy of ``file`` on all images, in percent."""
+    with Session(runtime, file) as session:
+        hits = [
+            (session.logits(x.numpy()).argmax(1) == labels.numpy()).sum()
+            for x, labels in data.batches(network.mean, network.std)
+        ]
+    return 100 * sum(map(int, hits)) / len(data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--data", required=True, help="labelled test images, as zsq evaluate takes them")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # what the tools say of themselves
+    print("| model | float | images | ONNX Runtime `quantize_static` | NNCF |\n|---|---|---|---|---|")
+    for model in arguments.models:
+        network = zsq.load_network(model)
+        data = zsq.read_images(arguments.data, network.input_shape)
+        with tempfile.TemporaryDirectory() as folder:
+            exact = Path(folder) / "float.onnx"
+            export_float(network, exact)
+            reached = top1("onnxruntime", exact, network, data)
+            for kind in KINDS:
+                found: dict[str, list[float]] = {"onnxruntime": [], "openvino": []}
+                for seed in range(arguments.seeds):
+                    images = images_of(kind, model, network, seed)
+                    found["onnxruntime"].append(top1("onnxruntime", by_onnxruntime(exact, images), network, data))
+                    found["openvino"].append(top1("openvino", by_nncf(exact, images), network, data))
+                cells = [
+                    f"{mean(each):.2f} ± {stdev(each):.2f}" if len(each) > 1 else f"{each[0]:.2f}"
+                    for each in found.values()
+                ]
+                print(f"| {model} | {reached:.2f} | {kind} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What happens to an exported file: it is verified, benchmarked, and its images feed other quantizers."""
