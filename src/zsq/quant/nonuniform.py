@@ -183,7 +183,7 @@ def grid_words(grid: Grid) -> dict[str, Any]:
     """``grid`` as a file says it: the name of its class and its plain values; the granularity is that of the scales.
 
     >>> grid_words(Scheme(symmetric=True))
-    {'kind': 'Scheme', 'symmetric': True}
+    {'kind': 'Scheme', 'symmetric': True, 'signed': False}
     """
     plain = {name: value for name, value in grid.parts().items() if not isinstance(value, Recipe)}
     return {"kind": type(grid).__name__, **plain}
