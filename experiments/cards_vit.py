@@ -23,9 +23,8 @@ from zsq.allocator import keep_freed_memory
 from zsq.api import pixel_box
 from zsq.core import Batch, Bits, Job, Method, Recipe, Run, Source, Teacher
 from zsq.evaluate import Images, read_images
-from zsq.losses import CrossEntropy
+from zsq.losses import CrossEntropy, PatchSimilarityEntropy
 from zsq.losses.priors import noise_variation, total_variation
-from zsq.methods.psaq_vit import PatchSimilarityEntropy
 from zsq.nets.graph import capture
 from zsq.nets.load import Network
 

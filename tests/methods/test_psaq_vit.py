@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from zsq.core import Attention, RecipeError, Source, View
+from zsq.losses.patches import PatchSimilarityEntropy, kernel_entropy, similarity_entropy
 from zsq.methods import METHODS
-from zsq.methods.psaq_vit import PatchSimilarityEntropy, kernel_entropy, similarity_entropy
 from zsq.quant import SIMULATE_ALL, Calibrate, InsertFakeQuant
 from zsq.quant.quantizers import activation_quantizers
 from zsq.synthesis import Noise

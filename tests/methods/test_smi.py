@@ -12,11 +12,11 @@ from zsq.core.attention import Attention
 from zsq.core.teacher import look
 from zsq.losses import CrossEntropy
 from zsq.methods import METHODS
-from zsq.methods.smi import FinalAttention, StopPatches, attention_of_class_token, most_attended, moved, shown
 from zsq.nets.graph import capture
 from zsq.quant import SIMULATE_ALL, Calibrate, InsertFakeQuant
 from zsq.quant.quantizers import activation_quantizers
 from zsq.synthesis import CropAndFlip, InTurn, OptimizeImages, ShiftAndFlip, UniformLabels
+from zsq.synthesis.patches import FinalAttention, StopPatches, attention_of_class_token, most_attended, moved, shown
 from zsq.synthesis.sampling import Shift
 
 SMI = METHODS["smi"]

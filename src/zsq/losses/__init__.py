@@ -3,6 +3,7 @@
 from zsq.losses.distillation import BranchEnergies, CamAlignment, Distillation
 from zsq.losses.features import CentreDistance
 from zsq.losses.labels import CrossEntropy, EasyLabels, HardCrossEntropy, StudentCrossEntropy
+from zsq.losses.patches import PatchSimilarityEntropy
 from zsq.losses.priors import TotalVariation
 from zsq.losses.statistics import BNStatistics, ImageStatistics
 
@@ -16,6 +17,7 @@ __all__ = [
     "EasyLabels",
     "HardCrossEntropy",
     "ImageStatistics",
+    "PatchSimilarityEntropy",
     "StudentCrossEntropy",
     "TotalVariation",
 ]

@@ -10,6 +10,7 @@ from zsq.synthesis.networks import (
     PlainNoise,
     UpsampleGenerator,
 )
+from zsq.synthesis.patches import FinalAttention, StopPatches
 from zsq.synthesis.sampling import (
     CropAndFlip,
     GaussianPixels,
@@ -25,6 +26,7 @@ __all__ = [
     "ConditionalTrunk",
     "ConvTrunk",
     "CropAndFlip",
+    "FinalAttention",
     "GaussianPixels",
     "InTurn",
     "LabelTimesNoise",
@@ -35,6 +37,7 @@ __all__ = [
     "PlainNoise",
     "Plateau",
     "ShiftAndFlip",
+    "StopPatches",
     "TrainGenerator",
     "UniformLabels",
     "UniformPixels",
