@@ -3,9 +3,9 @@
     python experiments/adapters_table.py zoo:resnet20-cifar10 zoo:mobilenetv2-cifar10 --data cifar10-test.zip
 
 Needs onnxruntime, openvino and nncf. Each network is quantized by both tools, at their defaults but for per-channel
-weights and uint8 activations in ONNX Runtime, and there also with the logits left in float. The 64 images are of three
-kinds: made by ZeroQ (effort fast), pixels drawn evenly, and Gaussian noise in normalised space. What the files make of
-the real images is printed as a table.
+weights and uint8 activations in ONNX Runtime, and there also with the logits left in float. The 64 images are of four
+kinds: made by ZeroQ, made by IntraQ for classes (both effort fast), pixels drawn evenly, and Gaussian noise in
+normalised space. What the files make of the real images is printed as a table.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from zsq.runtime.floats import export_float
 from zsq.runtime.sessions import Session
 
 SAMPLES = 64
-KINDS = ("zeroq", "even pixels", "Gaussian noise")
+KINDS = ("zeroq", "intraq", "even pixels", "Gaussian noise")
 
 
 def images_of(kind: str, model: str, network: zsq.Network, seed: int) -> np.ndarray:
     """Normalised images (64, C, H, W) to calibrate with."""
-    if kind == "zeroq":
+    if kind in zsq.METHODS:
         made, _ = zsq.synthesize(model, kind, SAMPLES, effort="fast", seed=seed, device="cpu")
         return made.images.numpy()
     rng, shape = torch.Generator().manual_seed(seed), (SAMPLES, *network.input_shape)
