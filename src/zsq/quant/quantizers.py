@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from zsq.quant.grid import Affine, Grid, Range, RangeAverage, Scheme, affine
+from zsq.quant.grid import Affine, Grid, MinMax, Range, RangeAverage, Scheme, affine
 from zsq.quant.rounding import Constant, LearnedRounding, Rounding
 
 __all__ = [
@@ -148,6 +148,8 @@ class ActivationQuantizer(nn.Module):
         self.rng: torch.Generator | None = None
         self.clips_gradient = True
         """Whether a value beyond the range gets no gradient; otherwise all get it unchanged."""
+        self.known: tuple[float, float] | None = None
+        """The least and the largest value that can pass, where they are known: the range, whatever is observed."""
         self._range: Range | None = None
         self._average: RangeAverage | None = None
         self._signed = False
@@ -223,6 +225,8 @@ class ActivationQuantizer(nn.Module):
 
     def _widen(self, x: Tensor, span: Range) -> None:
         rows = self.scheme.granularity.rows(x, -1)
+        if self.known is not None:
+            rows, span = rows.new_tensor(self.known).expand(len(rows), 2), MinMax()
         if self._ends is None:  # the first batch decides whether the grid is signed
             self._signed = bool(rows.min() < 0)
         low, high = span.of(rows, self.bits, self.scheme, self._signed)
