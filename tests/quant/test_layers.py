@@ -84,6 +84,16 @@ def test_the_range_of_images_is_known_without_seeing_them(pixels, high, resnet, 
     assert_close(shown, torch.tensor([low, high]), atol=5 / 255, rtol=0)
 
 
+def test_images_beyond_what_pixels_can_be_widen_the_range_too(resnet, job_of, apply):
+    job = job_of(resnet, "w8a8")
+    loud = Noise(pixels=UniformPixels(low=-1.0, high=4.0), samples=64)
+    protocol = replace(SIMULATE_ALL, pixels="possible")
+    apply(job, InsertFakeQuant(protocol=protocol), Calibrate(), synthesizer=loud)
+    found = activation_quantizers(job.student)["activation_quantizers.images"]
+    shown = found.rounded(torch.tensor([-9.0, 9.0]))
+    assert_close(shown, torch.tensor([-2.5, 4.0]), atol=6.5 / 255, rtol=0)
+
+
 def test_calibration_of_nothing_asks_for_no_images(resnet, job_of, apply):
     apply(job_of(resnet, "w4a32"), InsertFakeQuant(), Calibrate())  # there are none
 

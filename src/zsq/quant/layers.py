@@ -71,7 +71,7 @@ class InsertFakeQuant(Recipe):
             if bits != FLOAT and grid is not None:
                 quantizer = ActivationQuantizer(bits, grid)
                 if protocol.pixels == "possible" and edge.source.op == "placeholder":
-                    quantizer.known = job.pixel_range
+                    quantizer.holds = job.pixel_range
                 insert_activation_quantizer(graph, edge, quantizer)
         for name, layer in hidden.items():
             bits = self._input_bits([name], list(every), job.bits.activations)

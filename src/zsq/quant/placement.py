@@ -201,7 +201,7 @@ class QuantizationProtocol(Recipe):
     norms: Grid | Literal["float"] | None = None
     """What a LayerNorm makes where only linears read it."""
     pixels: Literal["seen", "possible"] = "seen"
-    """The range of the images' quantizer: of the images that are seen, or of all values that pixels can have."""
+    """What the range of the images' quantizer holds: images that are seen, or also all values that pixels can have."""
     fold: bool = False
     """Fold BatchNorm into the layers before quantizing them."""
 
