@@ -22,7 +22,7 @@ import zsq
 from zsq.allocator import keep_freed_memory
 from zsq.api import pixel_box
 from zsq.core import Batch, Bits, Job, Method, Recipe, Run, Source, Teacher
-from zsq.evaluate import Images, read_images
+from zsq.evaluate import Images, evaluate, read_images
 from zsq.losses import CrossEntropy, PatchSimilarityEntropy
 from zsq.losses.priors import noise_variation, total_variation
 from zsq.nets.graph import capture
@@ -54,8 +54,8 @@ class Bench:
         for seed, batch in zip(self.seeds, batches, strict=True):
             GIVEN[seed] = batch
             recipe = dataclasses.replace(method, synthesizer=Given(seed=seed))
-            metrics = zsq.quantize(self.network, recipe, bits, data=self.test, seed=seed).metrics
-            found.append(float(metrics["accuracy"]["quantized"]["top1"]))
+            student = zsq.quantize(self.network, recipe, bits, seed=seed).student
+            found.append(evaluate(student, self.test, mean=self.network.mean, std=self.network.std).top1)
         return statistics.mean(found)
 
     def real(self, seed: int) -> Tensor:

@@ -481,6 +481,18 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert len(facts["integer"]) == 22
 
 
+def test_a_file_is_written_for_a_reader_that_leaves(run: Path, tmp_path: Path):
+    out = tmp_path / "a.onnx"
+    words = [sys.executable, "-m", "zsq", "export", str(run), "--out", str(out)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert out.stat().st_size > 1000
+
+
 def test_export_says_what_stays_float_before_it_refuses_to_write(run: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["export", str(run), "--out", str(run / "metrics.json" / "a.onnx")]) == 2
     said = capsys.readouterr()

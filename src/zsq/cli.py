@@ -364,7 +364,8 @@ def export(
     plan = plan_export(run, target)
     path = out or run / f"{plan.target.name}{plan.target.suffix}"
     if not as_json:
-        print("\n".join([f"target {plan.target.name}", *plan.lines()]), flush=True)
+        with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough, head for one, still wants the file
+            print("\n".join([f"target {plan.target.name}", *plan.lines()]), flush=True)
     plan.write(path, force)
     size = sum(each.stat().st_size for each in plan.files(path))
     if as_json:
