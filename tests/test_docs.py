@@ -167,8 +167,12 @@ def check_zsq(words: list[str], whole: bool) -> None:
     if "method" in given and words[0] != "diff":
         asked = {key: given[key] for key in ("preset", "effort", "protocol") if key in given}
         resolve(given["method"], overrides=_overrides(given.get("settings")), **asked)
+    if "methods" in given:
+        for method in given["methods"].split(","):
+            resolve(method.partition(":")[0])
     if "bits" in given:
-        Bits.parse(given["bits"])
+        for bits in given["bits"].split(","):
+            Bits.parse(bits)
 
 
 class Parsed(Exception):
