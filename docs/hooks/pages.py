@@ -205,7 +205,7 @@ The names on the left are the paths that `--set` takes: `--set {_example(method)
 $ zsq show {name}
 {said("show", name)}```
 
-## The code
+## The code {{ data-search-exclude }}
 
 ??? example "`src/{module.__name__.replace(".", "/")}.py`"
 
@@ -405,7 +405,7 @@ def references(package: str, elsewhere: set[str]) -> str:
             names = [each.name for each in node.names if each.name in module.__all__ and each.name not in elsewhere]
             if names:
                 about = (inspect.getdoc(importlib.import_module(node.module)) or "").split("\n\n")[0]
-                parts.append(f"## {node.module.rpartition('.')[2].capitalize()}\n\n{about}\n")
+                parts.append(f"## {node.module}\n\n{about}\n")
                 parts += [_reference(f"{package}.{name}") for name in names]
     return "\n".join(parts)
 
