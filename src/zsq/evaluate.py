@@ -64,7 +64,7 @@ def read_images(data: str | Path, size: tuple[int, int, int] | None = None) -> I
 
     ImageFolder: one folder per class, numbered in sorted order; a root folder around them is fine. An ``.npz``
     has ``x`` (N, H, W, C) uint8 and ``y`` (N,) integers. ``digits`` is the part of scikit-learn's handwritten
-    digits that the zoo's training never sees.
+    digits that the zoo's training never sees, ``digits-train`` the other.
 
     Images of ``size`` (C, H, W) stay as they are. Others are resized (bilinear, the shorter side to 8/7 of what
     is asked) and cropped at the centre. Without ``size``, all have the first one's height and width, in RGB.
@@ -73,8 +73,8 @@ def read_images(data: str | Path, size: tuple[int, int, int] | None = None) -> I
         DataError: if the file is missing, empty, damaged, not of these forms, or has colour where one channel is asked.
         MissingExtra: if Pillow (images) or scikit-learn (``digits``) is not installed.
     """
-    if str(data) == "digits":
-        return _sized(_digits(held_out=True), size, "digits")
+    if str(data) in ("digits", "digits-train"):
+        return _sized(_digits(held_out=str(data) == "digits"), size, str(data))
     path = Path(data)
     if not path.exists():
         raise DataError(f"no data at {path}: give a .zip or folder in ImageFolder layout, an .npz, or 'digits'")
