@@ -39,6 +39,17 @@ PACKAGES = {
 """Those whose public names are ingredients of a method, with the titles of their pages."""
 AROUND = {
     "Accuracy": ("zsq.evaluate.evaluate", "zsq.evaluate.check_images"),
+    "Comparisons": (
+        "zsq.compare.Grid",
+        "zsq.compare.plan",
+        "zsq.compare.compare",
+        "zsq.compare.Comparison",
+        "zsq.engines.Processes",
+        "zsq.engines.InProcess",
+        "zsq.rows.read_rows",
+        "zsq.table.tables",
+        "zsq.table.markdown",
+    ),
     "Errors": (
         "zsq.core.errors.RecipeError",
         "zsq.core.errors.UnsupportedModel",
