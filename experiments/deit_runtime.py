@@ -40,7 +40,9 @@ def main() -> None:
             print(f"{check.name}: {'pass' if check.passed else 'FAIL' if check.passed is False else '-'}, {check.says}")
         for images, distances in found.numbers.items():
             for each in distances:
-                print(f"{images}, {each.name}: {each.snr_float:.1f} dB to float, {each.snr_simulation:.1f} to simulation")
+                print(
+                    f"{images}, {each.name}: {each.snr_float:.1f} dB to float, {each.snr_simulation:.1f} to simulation"
+                )
         exact = place / "float.onnx"
         export_float(model, exact)
         quantize_dynamic(exact, place / "dynamic.onnx", per_channel=True, weight_type=QuantType.QInt8)
