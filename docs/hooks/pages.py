@@ -19,7 +19,7 @@ import typer
 import zsq
 from zsq.api import protocol_of
 from zsq.cli import app, main
-from zsq.core import Method, Recipe, walk
+from zsq.core import FLOAT, Method, Recipe, walk
 from zsq.export import TARGETS
 from zsq.methods import BASELINES, METHODS
 from zsq.quant import PROTOCOLS
@@ -286,7 +286,7 @@ def protocols_page() -> str:
         protocol = protocol_of(method)
         known.setdefault(protocol.name, protocol)
         own[protocol.name].append(f"[`{method.name}`](methods/{method.name}.md)")
-    parts = []
+    parts, rows = [], [["protocol", "placement", "at the ends", "folds BatchNorm", "default of"]]
     for name, protocol in known.items():
         says = [f"Also called {', '.join(aliases[name])}."] if aliases[name] else []
         says += [f"That of {', '.join(own[name])} by default."] if own[name] else []
@@ -295,12 +295,24 @@ def protocols_page() -> str:
         if name in TARGETS:
             says.append(f"For the target [`{name}`](targets.md#{name}).")
         parts.append("\n\n".join([f"## {name}", " ".join(says), fence("text", zsq.show(protocol))]))
+        ends = {bits for bits in protocol.ends.parts().values() if bits is not None}
+        rows.append(
+            [
+                f"[`{name}`](#{name})",
+                f"`{type(protocol.placement).__name__}`",
+                " and ".join("float" if bits == FLOAT else f"{bits} bits" for bits in sorted(ends)) or "as all",
+                "yes" if protocol.fold else "no",
+                ", ".join(own[name]) or "-",
+            ]
+        )
     return f"""# Protocols
 
 A protocol says where quantizers sit, which ends keep 8 bits, and on which grids values lie. Accuracies compare only
 under one: `--protocol` puts any method under any of these, and every run records which it was.
 `placement` is one of [`AfterActivations`][zsq.quant.AfterActivations], [`LayerInputs`][zsq.quant.LayerInputs],
 [`EveryEdge`][zsq.quant.EveryEdge], `IntegerKernels`; `ends` are [`Ends`][zsq.quant.Ends], in bits, 32 for float.
+
+{table(rows)}
 
 {chr(10).join(parts)}
 """
