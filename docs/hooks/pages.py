@@ -1,6 +1,6 @@
 """The pages of the site that are made from the code, each time it is built, so that they cannot be stale.
 
-``pages()`` is all of them as Markdown; the two functions below it are mkdocs hooks.
+``pages()`` is all of them as Markdown; the functions below it are mkdocs hooks.
 """
 
 import ast
@@ -28,6 +28,7 @@ from zsq.zoo import MODELS
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -118,6 +119,15 @@ def on_files(files: "Files", config: "MkDocsConfig") -> None:
 
     for place, text in pages().items():
         files.append(File.generated(config, place, content=text))
+
+
+def on_post_page(output: str, page: "Page", config: "MkDocsConfig") -> str:
+    """Fail if the page would fetch anything from elsewhere when it is opened."""
+    from mkdocs.exceptions import PluginError
+
+    if fetched := re.search(r"""(?:src=|<link[^>]*href=|url\()["']?(?:https?:)?//[^"'>)]+""", output):
+        raise PluginError(f"{page.file.src_uri} fetches {fetched[0]}")
+    return output
 
 
 # --- methods ------------------------------------------------------------------------------------------------------
