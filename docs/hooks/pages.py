@@ -276,9 +276,10 @@ def _presets(method: Method) -> str:
 
 
 def _example(method: Method) -> str:
-    """A value that a reader may want to change."""
-    counts = [(path, value) for path, value in method.leaves() if path.endswith((".steps", ".samples"))]
-    path, value = (counts or list(method.leaves()))[0]
+    """A number that a reader may want to change, as it stands."""
+    numbers = [(path, value) for path, value in method.leaves() if type(value) in (int, float)]
+    counts = [(path, value) for path, value in numbers if path.endswith((".steps", ".samples"))]
+    path, value = (counts or numbers)[0]
     return f"{path}={value}"
 
 
