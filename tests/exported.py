@@ -53,7 +53,8 @@ def replace_input(model: onnx.ModelProto, node: onnx.NodeProto, index: int, valu
 def double_bias_scale(layer: str) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         dequantize = made_by(model, node_called(model, layer).input[2])
-        replace_input(model, dequantize, 1, 2 * constant(model, dequantize.input[1]))
+        scales = [constant(model, name) for name in made_by(model, dequantize.input[1]).input]
+        replace_input(model, dequantize, 1, 2 * scales[0] * scales[1])
 
     return change
 

@@ -13,6 +13,7 @@ import torch
 
 from zsq import __version__
 from zsq.cli import main
+from zsq.core import UnsupportedModel
 
 TINY = """
 from torch import nn
@@ -54,7 +55,18 @@ def test_help_imports_nothing_heavy():
         "assert not {'torch', 'numpy', 'rich', 'pydantic'} & set(sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("methods", "show", "diff", "models", "quantize", "synthesize", "evaluate", "export"):
+    for command in (
+        "methods",
+        "show",
+        "diff",
+        "models",
+        "quantize",
+        "synthesize",
+        "evaluate",
+        "export",
+        "compare",
+        "table",
+    ):
         assert f"\n  {command} " in shown
 
 
@@ -489,6 +501,18 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert len(facts["integer"]) == 22
 
 
+def test_a_file_is_written_for_a_reader_that_leaves(run: Path, tmp_path: Path):
+    out = tmp_path / "a.onnx"
+    words = [sys.executable, "-m", "zsq", "export", str(run), "--out", str(out)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert out.stat().st_size > 1000
+
+
 def test_export_says_what_stays_float_before_it_refuses_to_write(run: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["export", str(run), "--out", str(run / "metrics.json" / "a.onnx")]) == 2
     said = capsys.readouterr()
@@ -514,3 +538,86 @@ def test_wrong_exports(words, line, run: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().err
     assert line in said
     assert said.count("\n") == 1
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------
+
+COMPARE = ("compare", "zoo:digits-resnet", "--methods", "squant", "--bits", "w4a4,w3a3", "--data", "digits", *SMOKE)
+LOCAL = ("--engine", "local")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    assert main([*COMPARE, *LOCAL, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_compare_ends_with_the_table_and_table_prints_it_again(compared, capsys):
+    assert main([*COMPARE, *LOCAL, "--out", str(compared)]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert lines[0] == "`zoo:digits-resnet` under `minmax-ptq-inputs`, effort smoke, 540 images of digits:"
+    assert [line.split(" | ")[0] for line in lines[2:7]] == ["| method", "|---|--:|--:|--:|--:|", *NAMES]
+    assert main(["table", str(compared)]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["table", str(compared / "cells.jsonl"), "--only", "bits=w3a3", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [list(line["entries"]) for line in facts[0]["lines"]] == [["W3A3"], ["W3A3"]]
+
+
+NAMES = ("| float", "| `nearest`", "| `squant`")
+
+
+def test_compare_plan_lists_the_cells_and_runs_none(compared, tmp_path, capsys):
+    words = [*COMPARE, "--seeds", "0,1", "--plan", "--out"]
+    assert main([*words, str(compared)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["digits-resnet/float", "done"]
+    assert lines[2].split() == ["digits-resnet/nearest/w4a4/minmax-ptq-inputs/seed1", "due"]
+    assert lines[-1] == "4 of 9 cells to do"
+    assert main([*words, str(tmp_path / "new"), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out).values()) == {"due"}
+    assert not (tmp_path / "new").exists()
+
+
+def test_compare_counts_what_failed(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise UnsupportedModel("it cannot be")
+
+    monkeypatch.setattr("zsq.compare.quantize", fail)
+    assert main([*COMPARE, *LOCAL, "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(
+        "zsq: 4 of 5 cells failed, the same command tries them again: digits-resnet/nearest/w4a4"
+    )
+    assert "Failed: `squant` W3A3, seed 0: it cannot be." in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--seeds", "0,x"), "--seeds 0,x: write numbers with commas"),
+        (("--seeds", ""), "--seeds : write numbers with commas"),
+        ((*LOCAL, "--workers", "2"), "--engine local has one worker"),
+        (("--workers", "0"), "--workers"),
+        (("--methods", ","), "a comparison needs methods"),
+        (("--protocol", "here"), "no protocol 'here'"),
+        (("--calibration", "digits"), "digits is what is measured on"),
+    ],
+)
+def test_mistakes_in_a_comparison(tmp_path, capsys, words, says):
+    genie = [word if word != "squant" else "genie" for word in COMPARE]
+    assert says in refused([*genie, *words, "--out", str(tmp_path)], capsys)
+
+
+def test_table_updates_a_file(compared, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- zsq table {compared} -->\n<!-- end -->\n")
+    assert main(["table", "--update", str(page)]) == 0
+    assert capsys.readouterr().out == f"updated {page}\n"
+    assert "| `squant` |" in page.read_text()
+    assert main(["table", "--update", str(page)]) == 0
+    assert capsys.readouterr().out == ""
+    assert "cannot be read" in refused(["table", str(tmp_path / "gone")], capsys)
+    assert "cannot be read" in refused(["table", "--update", str(tmp_path / "gone.md")], capsys)

@@ -26,7 +26,11 @@ ALLOWED = {
     "estimate": "core losses synthesis",
     "api": "core estimate nets quant export methods evaluate store version zoo",
     "runtime": "core nets export evaluate api runtime",
-    "cli": "allocator core estimate nets methods evaluate api runtime torchrun zoo version",
+    "rows": "core",
+    "engines": "allocator core",
+    "compare": "core nets synthesis quant methods evaluate api engines rows",
+    "table": "core rows",
+    "cli": "allocator core estimate nets methods evaluate api runtime compare engines rows table torchrun zoo version",
     "__main__": "cli",
     "__init__": "api core evaluate methods nets version",
     "allocator": "",
@@ -75,7 +79,7 @@ def test_only_evaluate_opens_a_dataset():
     datasets = {"sklearn", "zipfile", "datasets", "torchvision.datasets"}
     assert [where(path) for path in FILES if imported(path) & datasets or "sklearn" in outside(path)] == ["evaluate.py"]
     readers = {where(path) for path in FILES if "zsq.evaluate" in imported(path)}
-    assert readers == {"__init__.py", "api.py", "cli.py", "runtime/verify.py", "zoo/train.py"}
+    assert readers == {"__init__.py", "api.py", "cli.py", "compare.py", "runtime/verify.py", "zoo/train.py"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if where(path) != "core/run.py"], ids=where)

@@ -1,5 +1,6 @@
 """The library in five calls: quantize, synthesize, load, evaluate, resolve."""
 
+import hashlib
 import io
 import json
 import platform
@@ -28,6 +29,7 @@ from zsq.core import (
     Run,
     RunError,
     Source,
+    Synthesizer,
     Teacher,
     UnsupportedModel,
     needs,
@@ -36,7 +38,7 @@ from zsq.core import (
 )
 from zsq.core.recipe import snake
 from zsq.estimate import estimate_drop, smoke_sources
-from zsq.evaluate import Accuracy, Images, check_images, evaluate, read_images
+from zsq.evaluate import Images, check_images, evaluate_pair, read_images
 from zsq.export import Plan, Target, find_target, plan
 from zsq.methods import BASELINES, METHODS, PLUGINS
 from zsq.nets.graph import capture
@@ -51,11 +53,14 @@ from zsq.zoo import entry
 __all__ = [
     "Effort",
     "Result",
+    "check",
     "find_method",
+    "images_key",
     "load",
     "plan_export",
     "protocol_of",
     "quantize",
+    "reads_images",
     "resolve",
     "synthesize",
     "to_pixels",
@@ -115,6 +120,8 @@ def quantize(
     device: str = "auto",
     precision: Precision = "float32",
     reporter: Reporter | None = None,
+    synthesizer: Synthesizer | None = None,
+    shared: str | Path | None = None,
 ) -> Result:
     """A low-bit copy of ``model``, made without data; ``model`` itself is not changed.
 
@@ -123,11 +130,15 @@ def quantize(
     ``data`` is only ever read to report accuracies, after everything is decided. ``estimate`` says without data what
     the student is believed to have lost, as ``zsq.estimate`` counts it. With ``out`` the run keeps its progress there:
     the same call after an interruption continues and ends with the same bits.
+    ``synthesizer`` takes the place of the method's own. What one of a finite set makes is kept below ``shared``, for
+    other calls that would make the same; the student is the same with and without.
 
     Raises:
         ZsqError: before work starts, if the recipe, the model, the data or the folder cannot be used.
     """
     recipe = resolve(method, preset=preset, effort=effort, protocol=protocol, overrides=overrides)
+    if synthesizer is not None:
+        recipe = replace(recipe, synthesizer=synthesizer)
     bits = Bits.parse(bits)
     network = _network(model, checkpoint=checkpoint, input_shape=input_shape, mean=mean, std=std)
     run = Run(out, seed=seed, device=device, precision=precision, reporter=reporter)
@@ -137,7 +148,7 @@ def quantize(
     with run.timed("capture"):
         student = capture(teacher.module.to(run.device), torch.zeros(2, *network.input_shape, device=run.device))
     job = Job(teacher, student, bits, run, network.input_shape, pixel_box(network))
-    _check(recipe, job)
+    check(recipe, job)
     _check_shares(recipe, run)
     _lay_out(run.layout, teacher.module, student)
     identity = {"method": recipe.name, "bits": str(bits), "seed": str(seed), "teacher": digest, "recipe": show(recipe)}
@@ -146,9 +157,10 @@ def quantize(
     run.claim(identity)
     run.write("recipe", f"{recipe.name} {bits}, seed {seed}\n\n{show(recipe)}\n".encode())
     source = Source(recipe.synthesizer, job)
-    finite = _reads_images(recipe) and not source.live
+    finite = reads_images(recipe) and not source.live
     if finite:
-        with run.timed("synthesize"):
+        place = None if shared is None else Path(shared) / images_key(recipe, digest, network, run)
+        with run.timed("synthesize"), run.sharing(place):
             source.take(None)
     for step in recipe.quantizer:
         with run.timed(_stage(step)):
@@ -156,7 +168,7 @@ def quantize(
     freeze(student)
     student.eval().requires_grad_(False)
     _lay_out(torch.contiguous_format, teacher.module, student)  # what is measured is what a file gives back
-    made = source.take(None if finite else SHOWN) if _reads_images(recipe) else None
+    made = source.take(None if finite else SHOWN) if reads_images(recipe) else None
     saved = save_student(student, {"teacher": digest, "method": recipe.name, "bits": str(bits)})
     metrics: dict[str, Any] = {
         "model": _origin(model, network),
@@ -233,7 +245,7 @@ def synthesize(
     teacher.module.to(run.device)
     student = capture(teacher.module, torch.zeros(2, *network.input_shape, device=run.device))
     job = Job(teacher, student, Bits(), run, network.input_shape, pixel_box(network))
-    _check(replace(recipe, quantizer=()), job)  # only the images are made
+    check(replace(recipe, quantizer=()), job)  # only the images are made
     source = Source(recipe.synthesizer, job)
     if source.live:
         for step in run.steps(_learning_steps(recipe), "synthesize"):
@@ -394,8 +406,13 @@ def _about(metrics: dict[str, Any]) -> dict[str, str]:
     return {f"zsq.{key}": each if isinstance(each, str) else json.dumps(each) for key, each in facts.items()}
 
 
-def _check(recipe: Method, job: Job) -> None:
-    """Return if ``recipe`` can work on the network of ``job``; the error says which methods can."""
+def check(recipe: Method, job: Job) -> None:
+    """Return if ``recipe`` can work on the network of ``job``.
+
+    Raises:
+        UnsupportedModel: if it cannot; the message says which methods can.
+        RecipeError: if a pass draws more images than are made, or its own check fails.
+    """
     shown = job.teacher.offers | ALWAYS - ({"labels"} if job.classes < 2 else set())
     try:
         recipe.check(job.teacher)
@@ -438,7 +455,15 @@ def _learning_steps(recipe: Method) -> int:
     return sum(int(getattr(step, "steps", 0)) for step in drawing if getattr(step, "reads_images", False))
 
 
-def _reads_images(recipe: Method) -> bool:
+def images_key(recipe: Method, teacher: str, network: Network, run: Run) -> str:
+    """A SHA-256 of all that decides which images a finite set has: where it agrees, they are the same."""
+    images = show(replace(recipe, quantizer=()))
+    facts = (images, teacher, network.input_shape, network.mean, network.std)
+    return hashlib.sha256(repr((*facts, run.seed, run.precision, run.device.type)).encode()).hexdigest()
+
+
+def reads_images(recipe: Method) -> bool:
+    """Whether a pass of ``recipe`` looks at what its synthesizer makes."""
     return any(getattr(step, "reads_images", False) for step in recipe.quantizer)
 
 
@@ -453,8 +478,7 @@ def _stage(step: object) -> str:
 
 def _accuracies(network: Network, teacher: Teacher, student: nn.Module, images: Images, run: Run) -> dict[str, Any]:
     settings: dict[str, Any] = {"mean": network.mean, "std": network.std, "device": str(run.device)}
-    exact = evaluate(teacher.module, images, **settings)
-    low: Accuracy = evaluate(student, images, teacher=teacher.module, **settings)
+    exact, low = evaluate_pair(teacher.module, student, images, **settings)
     return {"float": asdict(exact), "quantized": asdict(low), "drop": round(exact.top1 - low.top1, 4)}
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -70,7 +71,10 @@ DATA_HELP = "A .zip or folder in ImageFolder layout, an .npz with x and y, or di
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 where verify found a fault, 2 for a mistake of the caller, 130."""
+    """Run one command and return its exit code.
+
+    0; 1 where verify found a fault or a cell failed; 2 for a mistake of the caller; 130 when interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     keep_freed_memory()
@@ -85,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except typer.TyperException as error:
             return _fail(error.format_message())
         except KeyboardInterrupt:
-            again = "; the same command continues where it stopped" if "quantize" in words[:1] else ""
+            again = "; the same command continues where it stopped" if {"quantize", "compare"} & set(words[:1]) else ""
             print(f"zsq: interrupted{again}", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader, head for one, has seen enough
@@ -315,29 +319,23 @@ def evaluate(
 
     from zsq.api import load
     from zsq.core.run import resolve_device
-    from zsq.evaluate import check_images, evaluate, read_images
+    from zsq.evaluate import check_images, evaluate, evaluate_pair, read_images
     from zsq.nets.load import load_network
 
     _use_threads(threads)
     student, network = load(model) if is_run else (None, load_network(model, **settings))
     images = read_images(data, network.input_shape)
     check_images(images, network.classes)
-    place = resolve_device(device)
-
-    def measure(label: str, module: Any, teacher: Any = None) -> "Accuracy":
-        return evaluate(
-            module,
-            images,
-            mean=network.mean,
-            std=network.std,
-            teacher=teacher,
-            device=place,
-            progress=lambda done, count: reporter.progress(label, done, count) if reporter else None,
-        )
 
     with _progress() as reporter:
-        exact = measure("evaluate", network.module)
-        low = None if student is None else measure("evaluate student", student, network.module)
+        measured: dict[str, Any] = {"mean": network.mean, "std": network.std, "device": resolve_device(device)}
+        if reporter is not None:
+            measured["progress"] = partial(reporter.progress, "evaluate")
+        low: Accuracy | None = None
+        if student is None:
+            exact = evaluate(network.module, images, **measured)
+        else:
+            exact, low = evaluate_pair(network.module, student, images, **measured)
     facts: dict[str, Any] = {"model": model, "images": exact.images, "float": asdict(exact)}
     rows = [["model", model], ["images", str(exact.images)]]
     if low is None:
@@ -349,6 +347,121 @@ def evaluate(
         _print_json(facts)
     else:
         print("\n".join(_table(rows)))
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=f"{FORMS}.", show_default=False)],
+    methods: Annotated[str, typer.Option(help="Names with commas; synq+zeroq and squant:a8 (a preset) are names too.")],
+    bits: Annotated[str, typer.Option(help="With commas: w4a4,w3a3.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    out: Annotated[Path, typer.Option(help="The folder; the same command continues an interrupted comparison.")],
+    protocol: Annotated[str | None, typer.Option(help="Names with commas; each method's own by default.")] = None,
+    seeds: Annotated[str, typer.Option(help="With commas: 0,1,2.")] = "0",
+    calibration: Annotated[
+        str | None, typer.Option(help="Real images for the control of every quantizer, not those of --data.")
+    ] = None,
+    effort: EffortName = "paper",
+    checkpoint: Checkpoint = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = "auto",
+    engine: Annotated[
+        Literal["processes", "local"],
+        typer.Option(help="A process for each cell (processes), or all in this one (local)."),
+    ] = "processes",
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time; not for local.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker.")] = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="List the cells and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods under equal conditions, cell by cell, beside controls.
+
+    Float, nearest under each protocol and, with --calibration, the same quantizers on real images stand in every
+    table. OUT/cells.jsonl has one line a cell, and is all that is needed to go on later. Exit code 1 if a cell failed.
+    """
+    settings = _network_settings(checkpoint, input_shape, mean, std)
+    numbers = _numbers("--seeds", seeds, int, "0,1,2")
+    if engine == "local" and workers > 1:
+        raise typer.BadParameter("--engine local has one worker: give --engine processes, or leave --workers away")
+    from zsq.compare import Grid, compare, plan
+    from zsq.engines import InProcess, Processes
+    from zsq.table import facts, markdown, tables
+
+    grid = Grid(
+        models=models,
+        methods=_list(methods),
+        bits=_list(bits),
+        protocols=(None,) if protocol is None else _list(protocol),
+        seeds=[int(number) for number in numbers or ()],
+        data=data,
+        calibration=calibration,
+        effort=effort,
+        settings=settings,
+        device=device,
+    )
+    if only_plan:
+        found = plan(grid, out)
+        known = {cell.id: found.rows.get(cell.id, {}).get("status", "due") for cell in found.cells}
+        if as_json:
+            _print_json(known)
+        else:
+            rows = _table([[cell, status] for cell, status in known.items()])
+            print("\n".join([*rows, "", f"{len(found.due)} of {len(known)} cells to do"]))
+        return
+    _use_threads(threads)
+    with _progress() as reporter:
+        place = InProcess() if engine == "local" else Processes(workers=workers, threads=threads)
+        found = compare(grid, out, engine=place, reporter=reporter)
+    made = tables(found.rows.values())
+    if as_json:
+        _print_json(facts(made))
+    else:
+        print(markdown(made))
+    if found.failed:
+        names = ", ".join(row["cell"] for row in found.failed)
+        print(
+            f"zsq: {len(found.failed)} of {len(found.cells)} cells failed, the same command tries them again: {names}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def table(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Folders or .jsonl files of zsq compare.", show_default=False),
+    ],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,...", help="Rows of that protocol, method, bits ...; may be repeated."),
+    ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="PATHs are Markdown files: make their tables anew, between <!-- zsq table ... -->"
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the tables of comparisons as Markdown."""
+    from zsq.core.run import save_atomically
+    from zsq.rows import read_rows
+    from zsq.table import facts, markdown, select, tables, updated
+
+    if update:
+        for path, text in [(path, updated(path)) for path in paths]:
+            if text != path.read_text():
+                save_atomically(path, text.encode())
+                print(f"updated {path}")
+        return
+    made = tables(select([row for path in paths for row in read_rows(path)], only or []))
+    if as_json:
+        _print_json(facts(made))
+    else:
+        print(markdown(made))
 
 
 @app.command()
@@ -368,7 +481,8 @@ def export(
     plan = plan_export(run, target)
     path = out or run / f"{plan.target.name}{plan.target.suffix}"
     if not as_json:
-        print("\n".join([f"target {plan.target.name}", *plan.lines()]), flush=True)
+        with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough, head for one, still wants the file
+            print("\n".join([f"target {plan.target.name}", *plan.lines()]), flush=True)
     plan.write(path, force)
     size = sum(each.stat().st_size for each in plan.files(path))
     if as_json:
@@ -671,6 +785,10 @@ def _numbers(
         return tuple(kind(number) for number in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"{option} {text}: write numbers with commas, such as {example}") from None
+
+
+def _list(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _use_threads(threads: int | None) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import zsq.core.run
 from zsq.core import Run, RunError
-from zsq.core.run import save_atomically
+from zsq.core.run import locked, save_atomically
 
 IDENTITY = {"method": "zeroq", "bits": "W4A4", "seed": "0", "recipe": "a\nb"}
 
@@ -309,6 +309,56 @@ def test_seconds_add_up_by_stage():
     with pytest.raises(ZeroDivisionError), run.timed("b"):
         _ = 1 / 0
     assert run.seconds.keys() == {"a", "b"}
+
+
+def test_what_was_done_before_counts_as_spent(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def work(run: Run, steps: int) -> float:
+        """One second a step, five for the piece, two in between."""
+
+        def make() -> int:
+            now[0] += 5
+            return 1
+
+        with run.timed("work"):
+            run.cached("piece", make)
+            now[0] += 2
+            for _ in run.steps(steps, "loop"):
+                now[0] += 1
+        return run.seconds["work"]
+
+    assert work(here(tmp_path), 3) == 10
+    assert work(here(tmp_path), 3) == 10  # nothing is done again
+    assert work(here(tmp_path), 7) == 14  # four steps more
+
+
+# --- shared pieces ----------------------------------------------------------------------------------------------
+
+
+def test_runs_that_share_a_folder_make_a_piece_once(tmp_path):
+    made = []
+    for name in ("a", "b"):
+        run = here(tmp_path / name)
+        with run.sharing(tmp_path / "shared"):
+            assert run.cached("images/0", lambda: made.append(1) or 7) == 7
+        run.cached("mine", lambda: 1)
+        assert [path.name for path in (tmp_path / name / "pieces").iterdir()] == ["mine.pt"]
+    assert made == [1]
+    with here().sharing(None):
+        pass
+
+
+def test_one_run_at_a_time_works_in_a_shared_folder(tmp_path):
+    with (
+        here().sharing(tmp_path),
+        pytest.raises(RunError, match="another process works in"),
+        locked(tmp_path / "lock", wait=False),
+    ):
+        pass
+    with locked(tmp_path / "lock", wait=False):
+        pass
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu-of-mine"])

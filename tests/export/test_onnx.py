@@ -139,8 +139,8 @@ def test_biases_are_int32_at_exactly_both_scales():
             act, weight, bias = (makers[name] for name in node.input)
             assert constants[bias.input[0]].dtype == np.int32
             assert len(bias.input) == 2  # zero point 0
-            product = constants[act.input[1]] * constants[weight.input[1]]
-            np.testing.assert_array_equal(constants[bias.input[1]], product)
+            assert makers[bias.input[1]].op_type == "Mul"
+            assert sorted(makers[bias.input[1]].input) == sorted([act.input[1], weight.input[1]])
             checked += 1
     assert checked == 6
 

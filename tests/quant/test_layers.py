@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from zsq.quant import MINMAX_PTQ, SIMULATE_ALL, Calibrate, FoldBatchNorm, Insert
 from zsq.quant.layers import complete, fold, layers_in_order
 from zsq.quant.placement import float_tensors
 from zsq.quant.quantizers import activation_quantizers, weight_quantizer
-from zsq.synthesis import Noise
+from zsq.synthesis import Noise, UniformPixels
 
 
 def test_quantized_behind_quantized_layers_in_one_pass(job_of, apply):
@@ -69,6 +70,28 @@ def test_calibration_uses_its_range(resnet, job_of, apply):
         apply(job, InsertFakeQuant(), calibrate, synthesizer=Noise(samples=8))
         scales.append(next(iter(activation_quantizers(job.student).values())).scale.item())
     assert scales[1] < scales[0]
+
+
+@pytest.mark.parametrize(("pixels", "high"), [("seen", 0.5), ("possible", 2.5)])
+def test_the_range_of_images_is_known_without_seeing_them(pixels, high, resnet, job_of, apply):
+    job = job_of(resnet, "w8a8")
+    dull = Noise(pixels=UniformPixels(low=0.0, high=0.5), samples=64)
+    protocol = replace(SIMULATE_ALL, pixels=pixels)
+    apply(job, InsertFakeQuant(protocol=protocol), Calibrate(), synthesizer=dull)
+    found = activation_quantizers(job.student)["activation_quantizers.images"]
+    low = 0.0 if pixels == "seen" else -2.5  # of the job's pixel box
+    shown = found.rounded(torch.tensor([-9.0, 9.0]))  # as far as the grid reaches
+    assert_close(shown, torch.tensor([low, high]), atol=5 / 255, rtol=0)
+
+
+def test_images_beyond_what_pixels_can_be_widen_the_range_too(resnet, job_of, apply):
+    job = job_of(resnet, "w8a8")
+    loud = Noise(pixels=UniformPixels(low=-1.0, high=4.0), samples=64)
+    protocol = replace(SIMULATE_ALL, pixels="possible")
+    apply(job, InsertFakeQuant(protocol=protocol), Calibrate(), synthesizer=loud)
+    found = activation_quantizers(job.student)["activation_quantizers.images"]
+    shown = found.rounded(torch.tensor([-9.0, 9.0]))
+    assert_close(shown, torch.tensor([-2.5, 4.0]), atol=6.5 / 255, rtol=0)
 
 
 def test_calibration_of_nothing_asks_for_no_images(resnet, job_of, apply):

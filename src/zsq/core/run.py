@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zsq.core.errors import RecipeError, RunError, ZsqError
 from zsq.core.ranks import average, gathered, position
 
-__all__ = ["Precision", "Reporter", "Run", "resolve_device", "save_atomically"]
+__all__ = ["Precision", "Reporter", "Run", "locked", "resolve_device", "save_atomically"]
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16"]
@@ -76,17 +76,20 @@ class Run:
         self._reporter = reporter if reporter and self.rank == 0 else _Silent()
         self._scope: list[str] = []
         self._name = ""
+        self._pieces = self.folder and self.folder / "pieces"
         self._tracked: dict[str, Any] = {}
         self._saved: dict[str, Any]
         self._done: dict[str, int]
-        self._saved, self._done = self.together(self._open)[0]
+        self._spent: dict[str, float]
+        self._saved, self._done, self._spent = self.together(self._open)[0]
+        self._spared = 0.0
 
-    def _open(self) -> tuple[dict[str, Any], dict[str, int]]:
-        """What the checkpoint holds: what was tracked, and the steps done by label. Rank 0 alone looks."""
+    def _open(self) -> tuple[dict[str, Any], dict[str, int], dict[str, float]]:
+        """What the checkpoint holds: what was tracked, steps done and seconds spent by label. Rank 0 alone looks."""
         if self.folder is None or self.rank > 0:
-            return {}, {}
+            return {}, {}, {}
         _writable(self.folder)
-        return _resumed(self._checkpoint) if self._checkpoint.exists() else ({}, {})
+        return _resumed(self._checkpoint) if self._checkpoint.exists() else ({}, {}, {})
 
     # --- identity -----------------------------------------------------------------------------------------------
 
@@ -174,12 +177,14 @@ class Run:
 
     def steps(self, count: int, label: str) -> Iterator[int]:
         """A resumable loop: everything it changes must be tracked. Yields the steps that are left."""
-        saved = time.monotonic()
+        saved, begin = time.monotonic(), self._clock()
+        self._spared += self._spent.get(label, 0.0)
         for step in range(self._done.get(label, 0), count):
             yield step
             self._done[label] = step + 1
             self._reporter.progress(label, step + 1, count)
             if self.folder and (time.monotonic() - saved >= self._save_every or step + 1 == count):
+                self._spent[label] = self._clock() - begin
                 self.save()
                 saved = time.monotonic()
 
@@ -188,7 +193,9 @@ class Run:
         if self.rank > 0:
             return
         tracked = {name: _state(thing) for name, thing in self._tracked.items()}
-        _save_tensors(self._checkpoint, {"tracked": {**self._saved, **tracked}, "done": self._done})
+        _save_tensors(
+            self._checkpoint, {"tracked": {**self._saved, **tracked}, "done": self._done, "spent": self._spent}
+        )
 
     def cached(self, key: str, make: Callable[[], T]) -> T:
         """The value of ``make()``, kept under ``key``: done once, redone whole if interrupted.
@@ -209,21 +216,40 @@ class Run:
                 path = self._kept(key)
                 if path and self.rank == 0 and not path.exists():
                     _save_tensors(path, value)
-            yield from values
+            yield from (value["value"] for value in values)
 
-    def _piece(self, key: str, make: Callable[[], T]) -> T:
+    def _piece(self, key: str, make: Callable[[], Any]) -> dict[str, Any]:
+        """The value of one piece, and the seconds that it took."""
         path = self._kept(key)
         if path and path.exists():
-            kept: T = torch.load(path, weights_only=True, map_location=self.device)
+            kept: dict[str, Any] = torch.load(path, weights_only=True, map_location=self.device)
+            self._spared += kept["seconds"]
             return kept
         self._scope.append(key)
+        begin = self._clock()
         try:
-            return make()
+            return {"value": make(), "seconds": self._clock() - begin}
         finally:
             self._scope.pop()
 
     def _kept(self, key: str) -> Path | None:
-        return self.folder and self.folder / "pieces" / f"{'/'.join((*self._scope, self._name + key))}.pt"
+        return self._pieces and self._pieces / f"{'/'.join((*self._scope, self._name + key))}.pt"
+
+    @contextlib.contextmanager
+    def sharing(self, folder: Path | None) -> Iterator[None]:
+        """A context in which pieces lie in ``folder``, where other runs find them; None changes nothing.
+
+        One run works there at a time: another waits, and then finds what the first one made.
+        """
+        if folder is None:
+            yield
+            return
+        own, self._pieces = self._pieces, folder
+        try:
+            with locked(folder / "lock") if self.rank == 0 else contextlib.nullcontext():
+                yield
+        finally:
+            self._pieces = own
 
     def progress(self, count: int, label: str) -> Iterator[int]:
         """A loop inside a cached piece: shown, not resumed."""
@@ -277,12 +303,18 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the wall-clock seconds spent inside to ``seconds[stage]``."""
-        begin = time.perf_counter()
+        """Add the wall-clock seconds spent inside to ``seconds[stage]``, as if nothing had been done before.
+
+        What a kept piece or the finished steps of a resumed loop once took counts as spent.
+        """
+        begin = self._clock()
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + self._clock() - begin
+
+    def _clock(self) -> float:
+        return time.perf_counter() + self._spared
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file of the run folder atomically; nothing happens without a folder."""
@@ -334,16 +366,36 @@ def save_atomically(path: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """A context that one process at a time is in; the lock goes with the process, however that ends.
+
+    Raises:
+        RunError: if another is in it and ``wait`` is False, or the file cannot be written.
+    """
+    import fcntl  # not on Windows, where the library can be imported
+
+    with _telling(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise RunError(f"another process works in {path.parent}: wait for it, or choose another folder") from error
+        yield
+
+
 def _save_tensors(path: Path, value: Any) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     save_atomically(path, buffer.getvalue())
 
 
-def _resumed(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _resumed(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, float]]:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        return state["tracked"], state["done"]
+        return state["tracked"], state["done"], state.get("spent", {})
     except Exception as error:  # a strange pickle can raise anything
         raise RunError(f"{path} is no checkpoint of a run: choose another folder, or remove it") from error
 

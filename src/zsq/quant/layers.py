@@ -69,7 +69,10 @@ class InsertFakeQuant(Recipe):
             bits = self._edge_bits(edge, list(every), job.bits.activations)
             grid = grids[edge.source]
             if bits != FLOAT and grid is not None:
-                insert_activation_quantizer(graph, edge, ActivationQuantizer(bits, grid))
+                quantizer = ActivationQuantizer(bits, grid)
+                if protocol.pixels == "possible" and edge.source.op == "placeholder":
+                    quantizer.holds = job.pixel_range
+                insert_activation_quantizer(graph, edge, quantizer)
         for name, layer in hidden.items():
             bits = self._input_bits([name], list(every), job.bits.activations)
             if bits != FLOAT:

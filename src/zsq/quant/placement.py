@@ -200,6 +200,8 @@ class QuantizationProtocol(Recipe):
     """What a GELU makes."""
     norms: Grid | Literal["float"] | None = None
     """What a LayerNorm makes where only linears read it."""
+    pixels: Literal["seen", "possible"] = "seen"
+    """What the range of the images' quantizer holds: images that are seen, or also all values that pixels can have."""
     fold: bool = False
     """Fold BatchNorm into the layers before quantizing them."""
 
@@ -230,6 +232,7 @@ _DEPLOYED = QuantizationProtocol(
     placement=IntegerKernels(),
     ends=Ends(first_weights=8, first_input=8, last_weights=8, last_input=8, unread=8),  # next to nothing in bytes
     weights=Scheme(symmetric=True, granularity=PerChannel()),
+    pixels="possible",
     fold=True,
 )
 DEPLOYED = {
@@ -245,6 +248,7 @@ MINMAX_VIT = QuantizationProtocol(
     placement=EveryEdge(logits=True, constants=True),
     weights=Scheme(symmetric=True, granularity=PerChannel()),
     probabilities="float",
+    pixels="possible",
 )
 REPQ_VIT = QuantizationProtocol(
     name="repq-vit",
@@ -252,6 +256,7 @@ REPQ_VIT = QuantizationProtocol(
     ends=Ends(first_input=8),
     probabilities=LogSqrt2(),
     norms=Scheme(granularity=PerChannel()),
+    pixels="possible",
 )
 DEPLOY_VIT = QuantizationProtocol(
     name="deploy-vit",

@@ -148,6 +148,8 @@ class ActivationQuantizer(nn.Module):
         self.rng: torch.Generator | None = None
         self.clips_gradient = True
         """Whether a value beyond the range gets no gradient; otherwise all get it unchanged."""
+        self.holds: tuple[float, float] | None = None
+        """An interval that the range holds whatever is observed."""
         self._range: Range | None = None
         self._average: RangeAverage | None = None
         self._signed = False
@@ -224,8 +226,10 @@ class ActivationQuantizer(nn.Module):
     def _widen(self, x: Tensor, span: Range) -> None:
         rows = self.scheme.granularity.rows(x, -1)
         if self._ends is None:  # the first batch decides whether the grid is signed
-            self._signed = bool(rows.min() < 0)
+            self._signed = bool(rows.min() < 0) or (self.holds is not None and self.holds[0] < 0)
         low, high = span.of(rows, self.bits, self.scheme, self._signed)
+        if self.holds is not None:
+            low, high = low.clamp(max=self.holds[0]), high.clamp(min=self.holds[1])
         self._seen += 1
         if self._average is not None:
             self._ends = self._average.update(self._ends, (low, high), self._seen)

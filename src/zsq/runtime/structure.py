@@ -91,8 +91,8 @@ class Graph:
         return self._readers[name]
 
     def constant(self, name: str) -> "Array | None":
-        """The value of the tensor ``name`` if it is a constant, or made of constants as 4-bit weights are widened."""
-        from onnx import numpy_helper
+        """The value of the tensor ``name`` if it is a constant, or made of constants by Cast and Mul."""
+        from onnx import helper, numpy_helper
 
         if name in self._tensors:
             return numpy_helper.to_array(self._tensors[name])
@@ -102,7 +102,9 @@ class Graph:
         values = [value for each in node.input if (value := self.constant(each)) is not None]
         if len(values) < len(node.input):
             return None
-        return values[0] if node.op_type == "Cast" else values[0].astype(np.int32) * values[1]
+        if node.op_type == "Mul":
+            return values[0] * values[1]
+        return values[0].astype(helper.tensor_dtype_to_np_dtype(node.attribute[0].i))
 
     def dequantized(self, name: str) -> "NodeProto | None":
         """The DequantizeLinear that the tensor ``name`` comes from, seen through nodes that only move values."""

@@ -1,0 +1,245 @@
+"""Tables of what ``zsq compare`` measured: rows are methods and their controls, columns are bits."""
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from zsq.core.errors import RecipeError, RunError
+from zsq.rows import Row, read_rows
+
+__all__ = ["Entry", "Line", "Table", "markdown", "tables", "updated"]
+
+REAL = ", real images"
+"""What marks the control that is fed with real images."""
+MARK = re.compile(r"(<!-- zsq table (?P<words>[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+"""A generated part of a Markdown file: what to read, and what to show of it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method at one width, over seeds."""
+
+    top1: float
+    """Mean, in percent."""
+    spread: float | None
+    """Standard deviation over the seeds; None for one seed."""
+    drop: float
+    """Mean of what float has more, in percentage points."""
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method, or a control."""
+
+    name: str
+    entries: Mapping[str, Entry]
+    """By bits; those that failed or were not asked for are missing."""
+    seconds: float | None
+    """Mean of all stages but the measurement; None where none is known."""
+    memory: int | None
+    """Most at any time, in MB."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured under one protocol on one network."""
+
+    model: str
+    protocol: str
+    data: str
+    effort: str
+    float_top1: float
+    """In percent."""
+    images: int
+    """That were measured on."""
+    bits: tuple[str, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """Under which conditions."""
+        return f"`{self.model}` under `{self.protocol}`, effort {self.effort}, {self.images:,} images of {self.data}"
+
+
+def tables(rows: Iterable[Row]) -> list[Table]:
+    """One table for each network, protocol, effort and data among ``rows``, in their order."""
+    rows = list(rows)
+    exact = {(row["model"], row["data"]): row for row in rows if row["method"] == "float" and row["status"] == "done"}
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row["method"] != "float":
+            key = tuple(str(row[name]) for name in ("model", "protocol", "effort", "data"))
+            groups.setdefault(key, []).append(row)
+    return [_table(key, group, exact.get((key[0], key[3]))) for key, group in groups.items()]
+
+
+def markdown(found: Sequence[Table]) -> str:
+    """The tables as Markdown; empty if there are none."""
+    return "\n\n".join(_markdown(table) for table in found)
+
+
+def select(rows: Iterable[Row], only: Sequence[str]) -> list[Row]:
+    """The rows that fit every ``key=value,value`` of ``only``.
+
+    Raises:
+        RecipeError: if one has another form, or no row has its key.
+    """
+    rows = list(rows)
+    for rule in only:
+        key, equals, values = rule.partition("=")
+        if not equals or not any(key in row for row in rows):
+            keys = sorted({key for row in rows for key, value in row.items() if isinstance(value, str | int)})
+            raise RecipeError(f"--only {rule}: write KEY=VALUE,VALUE with one of {', '.join(keys)}")
+        kept = [value.lower() for value in values.split(",")]
+        rows = [row for row in rows if row["method"] == "float" or str(row.get(key)).lower() in kept]
+    return rows
+
+
+def updated(path: Path) -> str:
+    """The text of a Markdown file with its generated tables made anew.
+
+    What stands between ``<!-- zsq table FILE... [--only KEY=VALUE] -->`` and ``<!-- end -->`` is generated. A FILE is
+    looked for in the folder of the Markdown file and in those above it.
+
+    Raises:
+        RunError: if the file, or one that it names, cannot be read.
+        RecipeError: if it names rows that do not exist.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error})") from error
+
+    def made(match: re.Match[str]) -> str:
+        rows, only = _read(match["words"], path)
+        shown = markdown(tables(select(rows, only)))
+        if not shown:
+            raise RecipeError(f"{path}: no rows for <!-- zsq table {match['words']} -->")
+        return f"{match[1]}\n{shown}\n\n{match[3]}"
+
+    return MARK.sub(made, text)
+
+
+def _read(words: str, path: Path) -> tuple[list[Row], list[str]]:
+    """The rows and the rules of a marker in the Markdown file ``path``."""
+    rows: list[Row] = []
+    only = []
+    left = shlex.split(words)
+    while left:
+        word = left.pop(0)
+        if word == "--only" and left:
+            only.append(left.pop(0))
+            continue
+        places = [folder / word for folder in path.resolve().parents]
+        place = next((place for place in places if place.exists()), None)
+        if place is None:
+            raise RunError(f"{path} names {word}, which is neither in its folder nor in one above it")
+        rows += read_rows(place)
+    return rows, only
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+def _table(key: tuple[str, ...], rows: list[Row], exact: Row | None) -> Table:
+    model, protocol, effort, data = key
+    done = [row for row in rows if row["status"] == "done"]
+    measured = exact or next(iter(done), None)
+    accuracy: Mapping[str, Any] = {"top1": 0.0, "images": 0} if measured is None else measured["accuracy"]["float"]
+    names = dict.fromkeys(_name(row) for row in rows)
+    bits = sorted({str(row["bits"]) for row in rows}, key=_widths, reverse=True)
+    lines = [_line(name, [row for row in done if _name(row) == name]) for name in names]
+    notes = (*_no_real(rows), *_failures(rows))
+    return Table(
+        model, protocol, data, effort, accuracy["top1"], accuracy["images"], tuple(bits), tuple(lines), tuple(notes)
+    )
+
+
+def _name(row: Row) -> str:
+    name = str(row["method"]) if row["preset"] == "paper" else f"{row['method']}:{row['preset']}"
+    return name + (REAL if row["source"] == "real" else "")
+
+
+def _widths(bits: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", bits)))
+
+
+def _line(name: str, rows: list[Row]) -> Line:
+    by_bits: dict[str, list[Row]] = {}
+    for row in rows:
+        by_bits.setdefault(str(row["bits"]), []).append(row)
+    spent = [sum(seconds for stage, seconds in row["seconds"].items() if stage != "evaluate") for row in rows]
+    memory = [row["peak_memory_mb"] for row in rows if row.get("peak_memory_mb") is not None]
+    return Line(
+        name,
+        {bits: _entry(each) for bits, each in by_bits.items()},
+        mean(spent) if spent else None,
+        max(memory, default=None),
+    )
+
+
+def _entry(rows: list[Row]) -> Entry:
+    top1 = [row["accuracy"]["quantized"]["top1"] for row in rows]
+    drop = mean(row["accuracy"]["drop"] for row in rows)
+    return Entry(mean(top1), stdev(top1) if len(top1) > 1 else None, drop, len(top1))
+
+
+def _no_real(rows: list[Row]) -> list[str]:
+    """Which methods have no control on real images, and why."""
+    fed = {row["method"] for row in rows if row["source"] == "real"}
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["source"] == "own" and row["method"] not in fed and row.get("no_real"):
+            names = reasons.setdefault(row["no_real"], [])
+            if f"`{_name(row)}`" not in names:
+                names.append(f"`{_name(row)}`")
+    said = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return [f"No control on real images for {said}."] if said else []
+
+
+def _failures(rows: list[Row]) -> list[str]:
+    failed = [row for row in rows if row["status"] == "failed"]
+    return [f"Failed: `{_name(row)}` {row['bits']}, seed {row['seed']}: {row['reason']}." for row in failed]
+
+
+def _markdown(table: Table) -> str:
+    header = ["method", *table.bits, "seconds", "MB"]
+    lines = [[_shown(line.name), *(_cell(line.entries.get(bits)) for bits in table.bits)] for line in table.lines]
+    costs = [
+        ["-" if line.seconds is None else f"{line.seconds:.1f}", "-" if line.memory is None else f"{line.memory:,}"]
+        for line in table.lines
+    ]
+    exact = ["float", *([f"{table.float_top1:.2f}"] * len(table.bits)), "", ""]
+    body = [exact, *([*line, *cost] for line, cost in zip(lines, costs, strict=True))]
+    grid = ["| " + " | ".join(cells) + " |" for cells in (header, *body)]
+    grid.insert(1, "|---" + "|--:" * (len(header) - 1) + "|")
+    spread = any(entry.spread is not None for line in table.lines for entry in line.entries.values())
+    legend = "Top-1 in percent, behind it the drop in points"
+    legend += "; ± is the standard deviation over n seeds" if spread else ""
+    return "\n".join([f"{table.title}:", "", *grid, "", "\n\n".join([f"{legend}.", *table.notes])])
+
+
+def _shown(name: str) -> str:
+    method, comma, rest = name.partition(",")
+    return f"`{method}`{comma}{rest}"
+
+
+def _cell(entry: Entry | None) -> str:
+    if entry is None:
+        return "-"
+    if entry.spread is None:
+        return f"{entry.top1:.2f} ({entry.drop:.2f})"
+    return f"{entry.top1:.2f} ± {entry.spread:.2f} ({entry.drop:.2f}; n = {entry.seeds})"
+
+
+def facts(found: Sequence[Table]) -> list[dict[str, Any]]:
+    """The tables for programs."""
+    from dataclasses import asdict
+
+    return [asdict(table) for table in found]
