@@ -14,8 +14,8 @@ import time
 
 import torch
 from torch import nn
-from zsq.nets.compat import import_timm
 
+from zsq.compat import import_timm
 from zsq.core import Bits, Job, Run, Source, Teacher
 from zsq.nets.graph import capture, layers, matmuls, module_of
 from zsq.quant import REPQ_VIT_PASSES

@@ -1,10 +1,11 @@
 """What images are worth to vision transformers: sources of images under two protocols at three bit-widths.
 
-    python experiments/vit_table.py --train cifar10-train.zip --data cifar10-test.zip
+    python experiments/vit_table.py --train cifar10-train.zip --data cifar10-test.zip --keep FOLDER
 
 Top-1 of ``zoo:vit-cifar10`` on the 2,000 test images of ``cards_vit.py``, with ranges from 32 images each: unit
-Gaussian noise, made by PSAQ-ViT and by SMI (effort fast), and real training images, the upper bound. Every cell is
-kept in ``experiments/results`` as it is found, and the same call continues; the table is of all that are there.
+Gaussian noise, made by PSAQ-ViT and by SMI (effort fast), and real training images, the upper bound. ``--keep`` holds
+images; every cell is kept in ``experiments/results`` as it is found, and the same call continues. The table is of all
+that are there.
 """
 
 import argparse
@@ -27,27 +28,23 @@ BITS = ("w8a8", "w4a8", "w4a4")
 RESULTS = Path(__file__).parent / "results"
 
 
-class Sources:
-    """Images of a kind and a seed, made once."""
-
-    def __init__(self, bench: Bench, training: Images) -> None:
-        self._bench, self._training = bench, training
-        self.seconds = 0.0
-
-    def images(self, source: str, seed: int) -> Batch:
-        """32 of them, normalised (N, C, H, W)."""
+def images(source: str, seed: int, bench: Bench, training: Images, keep: Path) -> Batch:
+    """32 images of a kind, normalised (N, C, H, W)."""
+    if source == "noise":
+        return Batch(bench.noise(seed))
+    if source == "real":
+        drawn = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:32]
+        few = Images(training.pixels[drawn], training.labels[drawn])
+        return Batch(next(few.batches(bench.network.mean, bench.network.std))[0])
+    path = keep / f"{source}-{seed}.pt"
+    if not path.exists():
         started = time.perf_counter()
-        if source in zsq.METHODS:
-            made = self._bench.made(zsq.METHODS[source].preset("fast"), seed)
-        elif source == "noise":
-            made = Batch(self._bench.noise(seed))
-        else:
-            network = self._bench.network
-            drawn = torch.randperm(len(self._training), generator=torch.Generator().manual_seed(seed))[:32]
-            few = Images(self._training.pixels[drawn], self._training.labels[drawn])
-            made = Batch(next(few.batches(network.mean, network.std))[0])
-        self.seconds = time.perf_counter() - started
-        return made
+        made = bench.made(zsq.METHODS[source].preset("fast"), seed)
+        print(f"{source}, seed {seed}: {len(made)} images in {time.perf_counter() - started:.1f} s", flush=True)
+        keep.mkdir(parents=True, exist_ok=True)
+        torch.save((made.images, made.tokens), path)
+    made, tokens = torch.load(path)
+    return Batch(made, tokens=tokens)
 
 
 def table(rows: dict[str, dict[str, float]], exact: float) -> None:
@@ -67,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--keep", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -75,7 +73,7 @@ def main() -> None:
     network = zsq.load_network("zoo:vit-cifar10")
     bench = Bench(network, read_images(args.data, network.input_shape), [0])
     exact = zsq.evaluate.evaluate(network.module, bench.test, mean=network.mean, std=network.std).top1
-    sources = Sources(bench, read_images(args.train, network.input_shape))
+    training = read_images(args.train, network.input_shape)
     path = RESULTS / "vit-cifar10-images.json"
     rows: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
     for seed in args.seeds:
@@ -84,8 +82,7 @@ def main() -> None:
             cells = [(p, b) for p, b in cells if str(seed) not in rows.get(f"{p} {source} {b}", {})]
             if not cells:
                 continue
-            batch = sources.images(source, seed)
-            print(f"{source}, seed {seed}: {len(batch)} images in {sources.seconds:.1f} s", flush=True)
+            batch = images(source, seed, bench, training, args.keep)
             bench.seeds = [seed]
             for protocol, bits in cells:
                 recipe = zsq.resolve("psaq-vit", effort="fast", protocol=protocol)

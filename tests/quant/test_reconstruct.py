@@ -8,9 +8,10 @@ from torch.testing import assert_close
 from zsq.core import RecipeError
 from zsq.nets.graph import blocks, extract
 from zsq.quant import PTQ_8BIT_ENDS, AdaRound, Calibrate, InsertFakeQuant, LpError, Nearest, ReconstructBlocks
+from zsq.quant.placement import DEPLOYED
 from zsq.quant.quantizers import activation_quantizers, float_mode, freeze, weight_quantizers
 from zsq.quant.reconstruct import _squared_error
-from zsq.synthesis import Noise
+from zsq.synthesis import Noise, UniformPixels
 
 NOISE = Noise(samples=32)
 UNSEEN = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(11))
@@ -53,6 +54,14 @@ def test_every_block_comes_closer_than_round_to_nearest(name, job_of, apply, req
     low = [block for block in nearest if block.startswith(("stages", "blocks"))]  # the ends have 8 bits
     assert len(low) == 2
     assert all(learned[block] < 0.7 * nearest[block] for block in low)
+
+
+def test_the_range_of_images_is_not_fitted_to_those_that_are_seen(resnet, job_of, apply):
+    job = job_of(resnet, "w4a4")
+    dull = Noise(pixels=UniformPixels(low=0.0, high=0.5), samples=32)
+    apply(job, InsertFakeQuant(protocol=DEPLOYED["ort-x86"], rounding=AdaRound()), quick(), synthesizer=dull)
+    images = activation_quantizers(job.student)["activation_quantizers.images"]
+    assert_close(images.rounded(tensor([-9.0, 9.0])), tensor([-2.5, 2.5]), atol=5 / 255, rtol=0)
 
 
 def test_squared_error_by_hand():

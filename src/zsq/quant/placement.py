@@ -255,6 +255,7 @@ REPQ_VIT = QuantizationProtocol(
     ends=Ends(first_input=8),
     probabilities=LogSqrt2(),
     norms=Scheme(granularity=PerChannel()),
+    pixels="possible",
 )
 DEPLOY_VIT = QuantizationProtocol(
     name="deploy-vit",

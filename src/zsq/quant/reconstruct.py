@@ -86,12 +86,13 @@ class ReconstructBlocks(Recipe):
             part(quantized[: self.batch_size])
         for quantizer in activations:
             quantizer.observe(None)
+        fitted = [q for q in activations if q.holds is None]  # what a range must hold, these images may not have
+        if not weights and not fitted:
+            return _state(part)
         learned = [
             {"params": [q.scale.requires_grad_() for q in weights], "lr": self.lr_weight_scale},
-            {"params": [q.scale.requires_grad_() for q in activations], "lr": self.lr_activation_scale},
+            {"params": [q.scale.requires_grad_() for q in fitted], "lr": self.lr_activation_scale},
         ]
-        if not weights and not activations:
-            return _state(part)
         scales = Adam([group for group in learned if group["params"]])
         anneal = CosineAnnealingLR(scales, self.steps)
         logits = Adam([r.logits for r in rounding], lr=self.lr_rounding) if rounding else None
