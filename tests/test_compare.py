@@ -101,6 +101,7 @@ def test_a_row_says_all_that_a_result_needs(whole):
     }
     assert row["accuracy"].keys() == {"float", "quantized", "drop"}
     assert row["machine"].keys() == {"processor", "cores", "threads"}
+    assert row["peak_memory_mb"] is None  # all cells share this process
     assert row["data"] == "test.npz"
     assert row["command"] == (
         "zsq compare tiny:cnn --methods zeroq,squant,gdfq --bits w4a4,w3a3 --seeds 0 --data test.npz "
@@ -311,6 +312,8 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(whole, images, tmp_path, 
 
 def test_a_cell_that_takes_its_process_along_is_a_row(images, tmp_path):
     class Breaking:
+        apart = True
+
         def results(self, tasks, reporter):
             yield from ((index, Lost("its process ended")) for index in range(len(tasks)))
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from zsq.allocator import keep_freed_memory
 from zsq.core import MissingExtra, RecipeError, Reporter
@@ -51,6 +52,9 @@ class Lost:
 class Engine(Protocol):
     """A way to run tasks."""
 
+    apart: ClassVar[bool]
+    """Whether each task has a process of its own."""
+
     def results(self, tasks: Sequence[Task[T]], reporter: Reporter | None) -> Iterator[tuple[int, T | Lost]]:
         """The result of each task with its index, as they come."""
 
@@ -58,6 +62,8 @@ class Engine(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class InProcess:
     """One task after another in this process."""
+
+    apart: ClassVar[bool] = False
 
     def results(self, tasks: Sequence[Task[T]], reporter: Reporter | None) -> Iterator[tuple[int, T | Lost]]:
         """The results in order."""
@@ -111,6 +117,8 @@ class Processes:
     workers: int = 1
     threads: int | None = None
     """CPU threads of each; by default the cores are shared among the workers."""
+
+    apart: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_workers(self.workers)
@@ -167,6 +175,8 @@ class OnRay:
     """CPU threads of each, for which the cluster is asked; by default local cores are shared among the workers."""
     address: str | None = None
     """Of a running cluster, as ``ray.init`` takes it."""
+
+    apart: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_workers(self.workers)
@@ -258,6 +268,7 @@ class _Telling:
 
 def _work(task: Task[Any], pipe: Connection, threads: int) -> None:
     """What a process of its own does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's, who ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare(threads)
     pipe.send(("result", task.run(_Telling(pipe))))
