@@ -217,7 +217,7 @@ def run_python(words: list[str], patch: pytest.MonkeyPatch) -> None:
 
 def quick(words: list[str]) -> list[str]:
     """A command of zsq at the least effort, where it has one."""
-    if words[0] not in ("quantize", "synthesize"):
+    if words[0] not in ("quantize", "synthesize", "compare"):
         return words
     if "--effort" in words:
         at = words.index("--effort") + 1

@@ -126,6 +126,12 @@ stale
 
 Text between, <!-- a comment -->.
 
+```text
+<!-- zsq table results/all.jsonl -->
+an example stays
+<!-- end -->
+```
+
 <!-- zsq table results/all.jsonl -->
 <!-- end -->
 """
@@ -140,7 +146,8 @@ def test_what_stands_between_the_marks_is_made_anew(tmp_path):
     assert text.startswith("# A page\n\n<!-- zsq table results/all.jsonl --only bits=W8A8 -->\n\n`zoo:net` under")
     assert f"<!-- zsq table results/all.jsonl -->\n\n{TEXT}\n\n<!-- end -->\n" in text
     assert "stale" not in text
-    assert "\n\n<!-- end -->\n\nText between, <!-- a comment -->.\n\n<!--" in text
+    assert "```text\n<!-- zsq table results/all.jsonl -->\nan example stays\n<!-- end -->\n```\n" in text
+    assert "\n\n<!-- end -->\n\nText between, <!-- a comment -->.\n\n```" in text
     page.write_text(text)
     assert updated(page) == text
 

@@ -16,8 +16,11 @@ __all__ = ["Entry", "Line", "Table", "markdown", "tables", "updated"]
 
 REAL = ", real images"
 """What marks the control that is fed with real images."""
-MARK = re.compile(r"(<!-- zsq table (?P<words>[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-"""A generated part of a Markdown file: what to read, and what to show of it."""
+MARK = re.compile(
+    r"^```.*?^```$|^(?P<begin><!-- zsq table (?P<words>[^\n]*?) -->\n).*?(?P<end>^<!-- end -->)",
+    re.DOTALL | re.MULTILINE,
+)
+"""A generated part of a Markdown file, with what to read and what to show of it; or a block of code, to be left."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,13 @@ def updated(path: Path) -> str:
         raise RunError(f"{path} cannot be read ({error})") from error
 
     def made(match: re.Match[str]) -> str:
+        if match["words"] is None:
+            return match[0]
         rows, only = _read(match["words"], path)
         shown = markdown(tables(select(rows, only)))
         if not shown:
             raise RecipeError(f"{path}: no rows for <!-- zsq table {match['words']} -->")
-        return f"{match[1]}\n{shown}\n\n{match[3]}"
+        return f"{match['begin']}\n{shown}\n\n{match['end']}"
 
     return MARK.sub(made, text)
 
