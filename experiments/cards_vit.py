@@ -10,9 +10,12 @@ the upper bound. ``docs/experiments`` keeps the results.
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from cards import say
@@ -21,7 +24,7 @@ from torch import Tensor
 import zsq
 from zsq.allocator import keep_freed_memory
 from zsq.api import pixel_box
-from zsq.core import Batch, Bits, Job, Method, Recipe, Run, Source, Teacher
+from zsq.core import Batch, Bits, Job, Method, Recipe, Run, Source, Teacher, show
 from zsq.evaluate import Images, evaluate, read_images
 from zsq.losses import CrossEntropy, PatchSimilarityEntropy
 from zsq.losses.priors import noise_variation, total_variation
@@ -32,9 +35,9 @@ from zsq.nets.load import Network
 class Bench:
     """The network, the images that report, the real ones for the upper bound, and the seeds."""
 
-    def __init__(self, network: Network, data: Images, seeds: list[int]) -> None:
+    def __init__(self, network: Network, data: Images, seeds: list[int], keep: Path | None = None) -> None:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
-        self.network, self.seeds = network, seeds
+        self.network, self.seeds, self.keep = network, seeds, keep
         self.test, self.rest = (Images(data.pixels[part], data.labels[part], data.classes) for part in
                                 (order[:2000], order[2000:4000]))  # fmt: skip
 
@@ -45,8 +48,18 @@ class Bench:
         return Job(Teacher(self.network.module), student, Bits(), Run(seed=seed), self.network.input_shape, box)
 
     def made(self, recipe: Method, seed: int = 0) -> Batch:
-        """The images of ``recipe``."""
-        return Source(recipe.synthesizer, self.job(seed)).take()
+        """The images of ``recipe``, which are kept if there is a place for them."""
+        digest = hashlib.sha256(show(recipe.synthesizer).encode()).hexdigest()[:8]
+        path = None if self.keep is None else self.keep / f"{recipe.name}-{digest}-{seed}.pt"
+        if path is not None and path.exists():
+            return Batch(**torch.load(path))
+        started = time.perf_counter()
+        made = Source(recipe.synthesizer, self.job(seed)).take()
+        print(f"  {recipe.name}, seed {seed}: {len(made)} images in {time.perf_counter() - started:.1f} s", flush=True)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"images": made.images, "labels": made.labels, "tokens": made.tokens}, path)
+        return made
 
     def top1(self, method: Method, bits: str, batches: list[Batch]) -> float:
         """Top-1 in percent of ``method`` on images that are there already, the mean over the seeds."""
@@ -166,11 +179,12 @@ def main() -> None:
     parser.add_argument("--model", default="zoo:vit-cifar10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="a folder for the images")
     args = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     network = zsq.load_network(args.model)
-    bench = Bench(network, read_images(args.data, network.input_shape), args.seeds)
+    bench = Bench(network, read_images(args.data, network.input_shape), args.seeds, args.keep)
     for card in args.cards:
         print(f"\n### {card}\n\n| the card expects | found | |\n|---|---|---|", flush=True)
         CHECKS[card](bench)

@@ -10,6 +10,7 @@ fast. All but the first row quantize the operands of linears and products alone.
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from cards import say
@@ -84,11 +85,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rows", nargs="+", choices=RECIPES, default=[*RECIPES], metavar="ROW")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="a folder for the images")
     args = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     network = load_network(args.model, checkpoint=args.checkpoint)
-    bench = Bench(network, read_images(args.data, network.input_shape), args.seeds)
+    bench = Bench(network, read_images(args.data, network.input_shape), args.seeds, args.keep)
     if args.images in ("real", "noise"):
         batches = [Batch(getattr(bench, args.images)(seed)) for seed in args.seeds]
     else:

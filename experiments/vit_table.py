@@ -10,7 +10,6 @@ that are there.
 
 import argparse
 import json
-import time
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -28,7 +27,7 @@ BITS = ("w8a8", "w4a8", "w4a4")
 RESULTS = Path(__file__).parent / "results"
 
 
-def images(source: str, seed: int, bench: Bench, training: Images, keep: Path) -> Batch:
+def images(source: str, seed: int, bench: Bench, training: Images) -> Batch:
     """32 images of a kind, normalised (N, C, H, W)."""
     if source == "noise":
         return Batch(bench.noise(seed))
@@ -36,15 +35,7 @@ def images(source: str, seed: int, bench: Bench, training: Images, keep: Path) -
         drawn = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[:32]
         few = Images(training.pixels[drawn], training.labels[drawn])
         return Batch(next(few.batches(bench.network.mean, bench.network.std))[0])
-    path = keep / f"{source}-{seed}.pt"
-    if not path.exists():
-        started = time.perf_counter()
-        made = bench.made(zsq.METHODS[source].preset("fast"), seed)
-        print(f"{source}, seed {seed}: {len(made)} images in {time.perf_counter() - started:.1f} s", flush=True)
-        keep.mkdir(parents=True, exist_ok=True)
-        torch.save((made.images, made.tokens), path)
-    made, tokens = torch.load(path)
-    return Batch(made, tokens=tokens)
+    return bench.made(zsq.METHODS[source].preset("fast"), seed)
 
 
 def table(rows: dict[str, dict[str, float]], exact: float) -> None:
@@ -64,14 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--keep", type=Path, required=True)
+    parser.add_argument("--keep", type=Path, help="a folder for the images")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     network = zsq.load_network("zoo:vit-cifar10")
-    bench = Bench(network, read_images(args.data, network.input_shape), [0])
+    bench = Bench(network, read_images(args.data, network.input_shape), [0], args.keep)
     exact = zsq.evaluate.evaluate(network.module, bench.test, mean=network.mean, std=network.std).top1
     training = read_images(args.train, network.input_shape)
     path = RESULTS / "vit-cifar10-images.json"
@@ -82,7 +73,7 @@ def main() -> None:
             cells = [(p, b) for p, b in cells if str(seed) not in rows.get(f"{p} {source} {b}", {})]
             if not cells:
                 continue
-            batch = images(source, seed, bench, training, args.keep)
+            batch = images(source, seed, bench, training)
             bench.seeds = [seed]
             for protocol, bits in cells:
                 recipe = zsq.resolve("psaq-vit", effort="fast", protocol=protocol)

@@ -8,8 +8,8 @@ A page is written for its reader, with real arguments:
 - ``<!-- run in tests where PACKAGE is installed -->``: so.
 - ``<!-- from PATH -->``: the block is part of that file, word for word.
 
-Tests run at ``--effort smoke`` what a page runs at another effort, and change nothing else. ``desk`` has the files that
-a reader has. Commands in the text are parsed too, with ``PLACEHOLDERS`` for words in capitals.
+Tests run at ``--effort smoke`` what a page runs at another effort, in one process, and change nothing else. ``desk``
+has the files that a reader has. Commands in the text are parsed too, with ``PLACEHOLDERS`` for words in capitals.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -164,15 +165,15 @@ def check_zsq(words: list[str], whole: bool) -> None:
         assert not whole, said
         assert "Missing" in said or "requires an argument" in said, said
         return
-    if "method" in given and words[0] != "diff":
-        asked = {key: given[key] for key in ("preset", "effort", "protocol") if key in given}
-        resolve(given["method"], overrides=_overrides(given.get("settings")), **asked)
-    if "methods" in given:
-        for method in given["methods"].split(","):
-            resolve(method.partition(":")[0])
-    if "bits" in given:
-        for bits in given["bits"].split(","):
-            Bits.parse(bits)
+    names = given.get("method") or given.get("methods") or ""
+    overrides = _overrides(given.get("settings"))
+    for name, protocol in product(names.split(","), (given.get("protocol") or "").split(",")):
+        if name:
+            name, _, preset = name.partition(":")
+            preset = preset or given.get("preset", "paper")
+            resolve(name, preset=preset, effort=given["effort"], protocol=protocol or None, overrides=overrides)
+    for bits in given.get("bits", "w4a4").split(","):
+        Bits.parse(bits)
 
 
 class Parsed(Exception):
@@ -216,9 +217,11 @@ def run_python(words: list[str], patch: pytest.MonkeyPatch) -> None:
 
 
 def quick(words: list[str]) -> list[str]:
-    """A command of zsq at the least effort, where it has one."""
+    """A command of zsq at the least effort, where it has one, and in this process."""
     if words[0] not in ("quantize", "synthesize", "compare"):
         return words
+    if words[0] == "compare":
+        words = [*words, "--engine", "local"]
     if "--effort" in words:
         at = words.index("--effort") + 1
         return [*words[:at], "smoke", *words[at + 1 :]]
@@ -226,15 +229,13 @@ def quick(words: list[str]) -> list[str]:
 
 
 def masked(line: str) -> str:
-    return re.sub(r"(?<![\w-])-?\d[\d,.]*", "#", " ".join(line.split()))
+    """A line without numbers and effort."""
+    return re.sub(r"(?<![\w-])-?\d[\d,.]*", "#", re.sub(r"\beffort \w+", "effort", " ".join(line.split())))
 
 
 def compare(shown: list[str], said: str) -> None:
     """Fail unless ``said`` is what is shown, but for numbers and the effort."""
-    pattern = "".join(
-        ".*?" if line == "..." else re.escape(re.sub("^effort .*", "effort smoke", masked(line))) + "\n"
-        for line in shown
-    )
+    pattern = "".join(".*?" if line == "..." else re.escape(masked(line)) + "\n" for line in shown)
     text = "".join(f"{masked(line)}\n" for line in said.splitlines())
     assert re.fullmatch(pattern, text, re.DOTALL), f"shown:\n{chr(10).join(shown)}\n\nprinted:\n{said}"
 

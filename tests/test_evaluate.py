@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from zsq.core.errors import DataError, MissingExtra
-from zsq.evaluate import Images, evaluate, read_images, training_digits
+from zsq.evaluate import Images, evaluate, evaluate_pair, read_images, training_digits
 
 
 def encoded(array: np.ndarray, kind: str = "png") -> bytes:
@@ -255,6 +255,16 @@ def test_agreement_by_hand():
     images, teacher = numbered([0, 0, 2], [0, 255, 255]), Constant(0.0, 0.0, 1.0)
     accuracy = evaluate(Brightest(3), images, mean=(0.0,) * 3, std=(0.5,) * 3, teacher=teacher)
     assert_close(torch.tensor([accuracy.top1, accuracy.agreement]), torch.tensor([200 / 3, 200 / 3]))
+
+
+def test_a_pair_is_measured_as_each_alone():
+    images = numbered([2, 2, 3, 0], [0, 1, 2, 3])
+    settings = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "batch_size": 3}
+    teacher, student = Constant(0.0, 1.0, 2.0, 3.0), Brightest(4)
+    exact, low = evaluate_pair(teacher, student, images, **settings)
+    assert exact == evaluate(teacher, images, **settings)
+    assert low == evaluate(student, images, teacher=teacher, **settings)
+    assert exact != low
 
 
 def test_the_batch_size_does_not_matter_and_progress_counts_images():

@@ -39,6 +39,17 @@ PACKAGES = {
 """Those whose public names are ingredients of a method, with the titles of their pages."""
 AROUND = {
     "Accuracy": ("zsq.evaluate.evaluate", "zsq.evaluate.check_images"),
+    "Comparisons": (
+        "zsq.compare.Grid",
+        "zsq.compare.plan",
+        "zsq.compare.compare",
+        "zsq.compare.Comparison",
+        "zsq.engines.Processes",
+        "zsq.engines.InProcess",
+        "zsq.rows.read_rows",
+        "zsq.table.tables",
+        "zsq.table.markdown",
+    ),
     "Errors": (
         "zsq.core.errors.RecipeError",
         "zsq.core.errors.UnsupportedModel",
@@ -205,7 +216,7 @@ The names on the left are the paths that `--set` takes: `--set {_example(method)
 $ zsq show {name}
 {said("show", name)}```
 
-## The code
+## The code {{ data-search-exclude }}
 
 ??? example "`src/{module.__name__.replace(".", "/")}.py`"
 
@@ -405,7 +416,7 @@ def references(package: str, elsewhere: set[str]) -> str:
             names = [each.name for each in node.names if each.name in module.__all__ and each.name not in elsewhere]
             if names:
                 about = (inspect.getdoc(importlib.import_module(node.module)) or "").split("\n\n")[0]
-                parts.append(f"## {node.module.rpartition('.')[2].capitalize()}\n\n{about}\n")
+                parts.append(f"## {node.module}\n\n{about}\n")
                 parts += [_reference(f"{package}.{name}") for name in names]
     return "\n".join(parts)
 

@@ -37,7 +37,7 @@ from zsq.core import (
     smoke,
 )
 from zsq.core.recipe import snake
-from zsq.evaluate import Accuracy, Images, check_images, evaluate, read_images
+from zsq.evaluate import Images, check_images, evaluate_pair, read_images
 from zsq.export import Plan, Target, find_target, plan
 from zsq.methods import BASELINES, METHODS, PLUGINS
 from zsq.nets.graph import capture
@@ -470,8 +470,7 @@ def _stage(step: object) -> str:
 
 def _accuracies(network: Network, teacher: Teacher, student: nn.Module, images: Images, run: Run) -> dict[str, Any]:
     settings: dict[str, Any] = {"mean": network.mean, "std": network.std, "device": str(run.device)}
-    exact = evaluate(teacher.module, images, **settings)
-    low: Accuracy = evaluate(student, images, teacher=teacher.module, **settings)
+    exact, low = evaluate_pair(teacher.module, student, images, **settings)
     return {"float": asdict(exact), "quantized": asdict(low), "drop": round(exact.top1 - low.top1, 4)}
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -314,29 +315,23 @@ def evaluate(
 
     from zsq.api import load
     from zsq.core.run import resolve_device
-    from zsq.evaluate import check_images, evaluate, read_images
+    from zsq.evaluate import check_images, evaluate, evaluate_pair, read_images
     from zsq.nets.load import load_network
 
     _use_threads(threads)
     student, network = load(model) if is_run else (None, load_network(model, **settings))
     images = read_images(data, network.input_shape)
     check_images(images, network.classes)
-    place = resolve_device(device)
-
-    def measure(label: str, module: Any, teacher: Any = None) -> "Accuracy":
-        return evaluate(
-            module,
-            images,
-            mean=network.mean,
-            std=network.std,
-            teacher=teacher,
-            device=place,
-            progress=lambda done, count: reporter.progress(label, done, count) if reporter else None,
-        )
 
     with _progress() as reporter:
-        exact = measure("evaluate", network.module)
-        low = None if student is None else measure("evaluate student", student, network.module)
+        measured: dict[str, Any] = {"mean": network.mean, "std": network.std, "device": resolve_device(device)}
+        if reporter is not None:
+            measured["progress"] = partial(reporter.progress, "evaluate")
+        low: Accuracy | None = None
+        if student is None:
+            exact = evaluate(network.module, images, **measured)
+        else:
+            exact, low = evaluate_pair(network.module, student, images, **measured)
     facts: dict[str, Any] = {"model": model, "images": exact.images, "float": asdict(exact)}
     rows = [["model", model], ["images", str(exact.images)]]
     if low is None:

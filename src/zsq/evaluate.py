@@ -6,8 +6,8 @@ import io
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from zsq.core.errors import DataError, MissingExtra
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Accuracy", "Images", "check_images", "evaluate", "read_images", "training_digits"]
+__all__ = ["Accuracy", "Images", "check_images", "evaluate", "evaluate_pair", "read_images", "training_digits"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, SyntaxError, NotImplementedError, RuntimeError)
@@ -117,27 +117,59 @@ def evaluate(
     Raises:
         DataError: if channels or classes of the images are not those of the network.
     """
+    networks = [module] if teacher is None else [module, teacher]
+    return _measure(networks, images, mean, std, batch_size, device, progress)[0]
+
+
+def evaluate_pair(
+    teacher: nn.Module,
+    student: nn.Module,
+    images: Images,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int = 250,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Accuracy, Accuracy]:
+    """The accuracies of both, and the student's agreement, for one pass of each; else as ``evaluate``."""
+    low, exact = _measure([student, teacher], images, mean, std, batch_size, device, progress)
+    return replace(exact, agreement=None), low
+
+
+def _measure(
+    networks: Sequence[nn.Module],
+    images: Images,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
+    device: str | torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> list[Accuracy]:
+    """The accuracy of each of ``networks``; all agreements, if there is more than one, are with the last."""
     channels = images.pixels.shape[-1]
     if not len(mean) == len(std) == channels:
         raise DataError(f"images of {channels} channels, with mean {mean} and std {std}: give one number per channel")
-    student = copy.deepcopy(module).to(device).eval()
-    judge = None if teacher is None else copy.deepcopy(teacher).to(device).eval()
-    done = right = near = agreed = 0
+    copies = [copy.deepcopy(network).to(device).eval() for network in networks]
+    right, near, agreed = ([0] * len(copies) for _ in range(3))
+    done = 0
     with torch.no_grad():
         for batch, targets in images.batches(mean, std, batch_size):
             x, labels = batch.to(device), targets.to(device)
-            logits = student(x)
-            _check_logits(logits)
-            check_images(images, logits.shape[1])
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (n, 5)
-            right += int((best[:, 0] == labels).sum())
-            near += int((best == labels[:, None]).sum())
-            agreed += 0 if judge is None else int((best[:, 0] == judge(x).argmax(1)).sum())
+            found = [network(x) for network in copies]
+            for index, logits in enumerate(found):
+                _check_logits(logits)
+                check_images(images, logits.shape[1])
+                best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (n, 5)
+                right[index] += int((best[:, 0] == labels).sum())
+                near[index] += int((best == labels[:, None]).sum())
+                agreed[index] += int((best[:, 0] == found[-1].argmax(1)).sum())
             done += len(labels)
             if progress is not None:
                 progress(done, len(images))
-    share = 100 / done
-    return Accuracy(right * share, near * share, done, None if judge is None else agreed * share)
+    share, alone = 100 / done, len(copies) == 1
+    counts = zip(right, near, agreed, strict=True)
+    return [Accuracy(r * share, n * share, done, None if alone else a * share) for r, n, a in counts]
 
 
 def check_images(images: Images, outputs: int) -> None:
