@@ -603,6 +603,7 @@ def test_compare_counts_what_failed(tmp_path, monkeypatch, capsys):
         (("--seeds", ""), "--seeds : write numbers with commas"),
         ((*LOCAL, "--workers", "2"), "--engine local has one worker"),
         (("--workers", "0"), "--workers"),
+        (("--address", "auto"), "--address is that of a Ray cluster"),
         (("--methods", ","), "a comparison needs methods"),
         (("--protocol", "here"), "no protocol 'here'"),
         (("--calibration", "digits"), "digits is what is measured on"),

@@ -16,7 +16,7 @@ import zsq.compare
 from zsq.api import quantize
 from zsq.compare import Comparison, Grid, compare, plan
 from zsq.core import DataError, RecipeError, RunError, UnsupportedModel, ZsqError
-from zsq.engines import InProcess, Lost
+from zsq.engines import InProcess, Lost, OnRay
 from zsq.rows import FILE, read_rows
 from zsq.synthesis import OptimizeImages
 from zsq.table import Table, tables
@@ -101,6 +101,7 @@ def test_a_row_says_all_that_a_result_needs(whole):
     }
     assert row["accuracy"].keys() == {"float", "quantized", "drop"}
     assert row["machine"].keys() == {"processor", "cores", "threads"}
+    assert row["peak_memory_mb"] is None  # all cells share this process
     assert row["data"] == "test.npz"
     assert row["command"] == (
         "zsq compare tiny:cnn --methods zeroq,squant,gdfq --bits w4a4,w3a3 --seeds 0 --data test.npz "
@@ -253,27 +254,27 @@ def test_two_at_once_in_one_folder_are_refused(images, tmp_path):
 # --- killed -----------------------------------------------------------------------------------------------------
 
 
-def work(grid: Grid, folder: Path) -> None:
-    compare(grid, folder, engine=HERE)
-
-
-def test_killed_without_warning_it_goes_on_where_it_was(whole, images, tmp_path):
+@pytest.mark.parametrize(
+    ("engine", "counts"), [(HERE, (3, 9)), (OnRay(workers=2, threads=1), (2,))], ids=["here", "ray"]
+)
+def test_killed_without_warning_it_goes_on_where_it_was(whole, images, tmp_path, engine, counts):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zsq.compare", "torch._dynamo"])
-    file, kept = tmp_path / FILE, b""
-    for count in (3, 9):
-        process = context.Process(target=work, args=(grid_of(images), tmp_path))
+    file, kept = tmp_path / FILE, list[bytes]()
+    for count in counts:
+        process = context.Process(target=compare, args=(grid_of(images), tmp_path), kwargs={"engine": engine})
         process.start()
         while process.is_alive() and (not file.exists() or len(file.read_bytes().splitlines()) < count):
             time.sleep(0.01)
         process.kill()
         process.join()
         assert process.exitcode == -9
-        assert file.read_bytes().startswith(kept)  # what was finished stays to the byte, its seconds too
-        kept = file.read_bytes()
-        assert count <= len(read_rows(tmp_path)) < len(whole.cells)
+        lines = file.read_bytes().splitlines()
+        assert set(kept) <= set(lines)  # what was finished stays to the byte, its seconds too
+        kept = lines
+        assert count <= len(kept) < len(whole.cells)
     found = compare(grid_of(images), tmp_path, engine=HERE)
-    assert file.read_bytes().startswith(kept)
+    assert set(kept) <= set(file.read_bytes().splitlines())
     assert measured(found) == measured(whole)
 
 
@@ -311,6 +312,8 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(whole, images, tmp_path, 
 
 def test_a_cell_that_takes_its_process_along_is_a_row(images, tmp_path):
     class Breaking:
+        apart = True
+
         def results(self, tasks, reporter):
             yield from ((index, Lost("its process ended")) for index in range(len(tasks)))
 

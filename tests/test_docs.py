@@ -235,6 +235,7 @@ def quick(words: list[str]) -> list[str]:
 
 def masked(line: str) -> str:
     """A line without numbers and effort."""
+    line = re.sub(r"\| - \|$", "| 0 |", line)  # the memory of a cell, which this process cannot know
     return re.sub(r"(?<![\w-])-?\d[\d,.]*", "#", re.sub(r"\beffort \w+", "effort", " ".join(line.split())))
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zsq.core import RecipeError
-from zsq.engines import ATTEMPTS, InProcess, Lost, Processes, Queue
+from zsq.core import MissingExtra, RecipeError
+from zsq.engines import ATTEMPTS, InProcess, Lost, OnRay, Processes, Queue
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,20 @@ def test_each_in_a_process_of_its_own_and_what_dies_is_tried_again(tmp_path):
     assert results[2] == Lost("its process ended 3 times without a result (exit code -9)")
     assert {n: len((tmp_path / str(n)).read_text()) for n in range(4)} == {0: 1, 1: 2, 2: 3, 3: 1}
     assert set(seen) == {("square", 10, 10)}
+
+
+def test_on_ray_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("zsq.engines.ATTEMPTS", 2)
+    results = dict(OnRay(workers=2, threads=1).results([Square(2, tmp_path, 1), Square(3, tmp_path, 2)], None))
+    assert results[0][:2] == (4, 1)
+    assert results[1] == Lost("its process ended 2 times without a result (WorkerCrashedError)")
+    assert {n: len((tmp_path / str(n)).read_text()) for n in (2, 3)} == {2: 2, 3: 2}
+
+
+def test_without_ray_its_engine_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'zsq\[ray\]'"):
+        OnRay()
 
 
 def test_kin_wait_for_each_other_if_there_is_other_work(tmp_path):

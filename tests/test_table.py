@@ -94,6 +94,22 @@ def test_rows_can_be_chosen_and_float_always_stays():
         select(ROWS, ["seeds=0"])
 
 
+def test_published_drops_stand_below_ours_with_their_sources():
+    model = {"model": "zoo:resnet20-cifar10", "protocol": "qat-lowbit-all"}
+    rows = [row("hast", bits, 85.0, **model) for bits in ("W4A4", "W3A3", "W2A2")]
+    shown = markdown(tables([*rows, row("hast", "W4A4", 86.0, source="real", **model)])).splitlines()
+    assert shown[5:8] == [
+        "| `hast` | 85.00 (5.00) | 85.00 (5.00) | 85.00 (5.00) | 10.0 | 1,000 |",
+        "| `hast`, published | (1.53 to 1.67) [1, 2] | (5.69 to 7.55) [2, 1] | - |  |  |",
+        "| `hast`, real images | 86.00 (4.00) | - | - | 10.0 | 1,000 |",
+    ]
+    assert (
+        "Published drops under this protocol: [1] SynQ (ICLR 2025) Table 1; [2] PLF (CVPR 2024) Table 1. "
+        "Float networks and effort differ."
+    ) in shown
+    assert "published" not in markdown(tables([{**each, "protocol": "ptq-8bit-ends"} for each in rows]))
+
+
 def test_no_rows_make_no_table():
     assert tables([]) == []
     assert markdown(tables([FLOAT])) == ""
@@ -110,6 +126,12 @@ stale
 
 Text between, <!-- a comment -->.
 
+```text
+<!-- zsq table results/all.jsonl -->
+an example stays
+<!-- end -->
+```
+
 <!-- zsq table results/all.jsonl -->
 <!-- end -->
 """
@@ -124,7 +146,8 @@ def test_what_stands_between_the_marks_is_made_anew(tmp_path):
     assert text.startswith("# A page\n\n<!-- zsq table results/all.jsonl --only bits=W8A8 -->\n\n`zoo:net` under")
     assert f"<!-- zsq table results/all.jsonl -->\n\n{TEXT}\n\n<!-- end -->\n" in text
     assert "stale" not in text
-    assert "\n\n<!-- end -->\n\nText between, <!-- a comment -->.\n\n<!--" in text
+    assert "```text\n<!-- zsq table results/all.jsonl -->\nan example stays\n<!-- end -->\n```\n" in text
+    assert "\n\n<!-- end -->\n\nText between, <!-- a comment -->.\n\n```" in text
     page.write_text(text)
     assert updated(page) == text
 

@@ -368,10 +368,11 @@ def compare(
     std: Std = None,
     device: Device = "auto",
     engine: Annotated[
-        Literal["processes", "local"],
-        typer.Option(help="A process for each cell (processes), or all in this one (local)."),
+        Literal["processes", "local", "ray"],
+        typer.Option(help="A process for each cell here (processes) or on Ray (ray), or all in this one (local)."),
     ] = "processes",
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time; not for local.")] = 1,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; a local one by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker.")] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="List the cells and stop.")] = False,
     as_json: AsJson = False,
@@ -385,8 +386,10 @@ def compare(
     numbers = _numbers("--seeds", seeds, int, "0,1,2")
     if engine == "local" and workers > 1:
         raise typer.BadParameter("--engine local has one worker: give --engine processes, or leave --workers away")
+    if engine != "ray" and address is not None:
+        raise typer.BadParameter(f"--address is that of a Ray cluster: give --engine ray, not {engine}")
     from zsq.compare import Grid, compare, plan
-    from zsq.engines import InProcess, Processes
+    from zsq.engines import Engine, InProcess, OnRay, Processes
     from zsq.table import facts, markdown, tables
 
     grid = Grid(
@@ -411,8 +414,12 @@ def compare(
             print("\n".join([*rows, "", f"{len(found.due)} of {len(known)} cells to do"]))
         return
     _use_threads(threads)
+    place: Engine = InProcess()
+    if engine == "processes":
+        place = Processes(workers=workers, threads=threads)
+    elif engine == "ray":
+        place = OnRay(workers=workers, threads=threads, address=address)
     with _progress() as reporter:
-        place = InProcess() if engine == "local" else Processes(workers=workers, threads=threads)
         found = compare(grid, out, engine=place, reporter=reporter)
     made = tables(found.rows.values())
     if as_json:

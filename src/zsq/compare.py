@@ -220,7 +220,7 @@ def compare(
     Raises:
         ZsqError: before work starts, as ``plan`` says; if another process works in ``out``.
     """
-    folder = Path(out)
+    folder, place = Path(out), engine or Processes()
     with locked(folder / "lock", wait=False):
         found = plan(grid, out)
         due = found.due
@@ -228,8 +228,10 @@ def compare(
         order = [cell.id for cell in found.cells]
         done = len(order) - len(due)
         telling = _Counting(reporter, done, len(order)) if reporter else None
-        for index, result in (engine or Processes()).results(works, telling):
+        for index, result in place.results(works, telling):
             row = works[index].failed(result.reason) if isinstance(result, Lost) else result
+            if "peak_memory_mb" in row and not place.apart:
+                row["peak_memory_mb"] = None  # it is that of all cells until now
             found.rows[row["cell"]] = row
             write_rows(folder / FILE, found.rows.values(), order)
             if telling:
@@ -254,7 +256,6 @@ class Work:
         """The row of the cell. What goes wrong is its reason; a traceback, if it is a surprise, lies in the folder."""
         cell, folder = self.cell, Path(self.folder)
         named = _Named(reporter, cell.id) if reporter else None
-        resumed = (folder / "runs" / cell.id / "identity.json").exists()
         try:
             with warnings.catch_warnings(record=True) as said:
                 metrics = self._float() if cell.recipe is None else self._quantize(named)
@@ -269,8 +270,6 @@ class Work:
         if metrics.get("checkpoint") is not None:
             metrics["checkpoint"] = Path(metrics["checkpoint"]).name
         row = {"cell": cell.id, "status": "done", **metrics, **self._facts(), "machine": _machine()}
-        if resumed:
-            row["resumed"] = True
         if said:
             row["warnings"] = list(dict.fromkeys(" ".join(str(each.message).split()) for each in said))
         return row

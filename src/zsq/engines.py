@@ -1,7 +1,11 @@
 """Engines: where independent pieces of work run. What is lost with a process is tried again elsewhere."""
 
+import contextlib
+import logging
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -10,17 +14,19 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from zsq.allocator import keep_freed_memory
-from zsq.core import RecipeError, Reporter
+from zsq.core import MissingExtra, RecipeError, Reporter
 
-__all__ = ["ATTEMPTS", "Engine", "InProcess", "Lost", "Processes", "Task"]
+__all__ = ["ATTEMPTS", "Engine", "InProcess", "Lost", "OnRay", "Processes", "Task"]
 
 T = TypeVar("T")
 Made = TypeVar("Made", covariant=True)
 _SLOW_IMPORTS = ("torch._dynamo",)
 """What the first optimizer of a process imports, for seconds that are not the method's."""
+_LOCAL = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+"""Of a local cluster: nothing is told to Ray's makers, and workers are as important as any other process."""
 ATTEMPTS = 3
 """How often a task is tried whose process ends without an answer."""
 
@@ -46,6 +52,9 @@ class Lost:
 class Engine(Protocol):
     """A way to run tasks."""
 
+    apart: ClassVar[bool]
+    """Whether each task has a process of its own."""
+
     def results(self, tasks: Sequence[Task[T]], reporter: Reporter | None) -> Iterator[tuple[int, T | Lost]]:
         """The result of each task with its index, as they come."""
 
@@ -53,6 +62,8 @@ class Engine(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class InProcess:
     """One task after another in this process."""
+
+    apart: ClassVar[bool] = False
 
     def results(self, tasks: Sequence[Task[T]], reporter: Reporter | None) -> Iterator[tuple[int, T | Lost]]:
         """The results in order."""
@@ -107,6 +118,8 @@ class Processes:
     threads: int | None = None
     """CPU threads of each; by default the cores are shared among the workers."""
 
+    apart: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_workers(self.workers)
 
@@ -149,6 +162,98 @@ class Processes:
                 worker.join()
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnRay:
+    """Each task in a fresh process of a Ray cluster, ``workers`` at a time.
+
+    The cluster is the one that this program is connected to already, the one at ``address``, or a local one that ends
+    with the tasks. Files that tasks share must be where its machines see them.
+    """
+
+    workers: int = 2
+    threads: int | None = None
+    """CPU threads of each, for which the cluster is asked; by default local cores are shared among the workers."""
+    address: str | None = None
+    """Of a running cluster, as ``ray.init`` takes it."""
+
+    apart: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_workers(self.workers)
+        _import_ray()
+
+    def results(self, tasks: Sequence[Task[T]], reporter: Reporter | None) -> Iterator[tuple[int, T | Lost]]:
+        """The results as they come; of what happens within a task the reporter hears nothing."""
+        ray = _import_ray()
+        threads = self.threads or max(1, (os.cpu_count() or 1) // self.workers)
+        work = ray.remote(num_cpus=threads, max_calls=1, max_retries=0)(_work_on_ray)
+        queue = Queue(tasks)
+        running: dict[Any, int] = {}
+        with self._connected(ray, threads):
+            try:
+                while queue:
+                    while (index := queue.next(self.workers)) is not None:
+                        running[work.remote(tasks[index], threads)] = index
+                    for answer in ray.wait(list(running))[0]:
+                        index = running.pop(answer)
+                        try:
+                            value = ray.get(answer)
+                        except ray.exceptions.RayTaskError:
+                            raise
+                        except ray.exceptions.RayError as error:
+                            if lost := queue.lost(index, type(error).__name__):
+                                yield index, lost
+                            continue
+                        queue.finished(index)
+                        yield index, value
+            finally:
+                for answer in running:
+                    ray.cancel(answer, force=True)
+
+    @contextlib.contextmanager
+    def _connected(self, ray: Any, threads: int) -> Iterator[None]:
+        if ray.is_initialized():
+            yield
+            return
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        if self.address is not None:
+            ray.init(address=self.address, **{**quiet, "include_dashboard": None})
+        else:
+            with _environment(_LOCAL | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
+                ray.init(address="local", num_cpus=self.workers * threads, _node_ip_address="127.0.0.1", **quiet)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _work_on_ray(task: Task[T], threads: int) -> T:
+    prepare(threads)
+    return task.run(None)
+
+
+def _import_ray() -> Any:
+    try:
+        return import_module("ray")
+    except ImportError as error:
+        raise MissingExtra("cells are handed out by Ray: pip install 'zsq[ray]'") from error
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """A context in which processes that are started see ``changes``."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class _Telling:
     """A Reporter that tells another process, a few times a second."""
 
@@ -163,6 +268,7 @@ class _Telling:
 
 def _work(task: Task[Any], pipe: Connection, threads: int) -> None:
     """What a process of its own does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's, who ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare(threads)
     pipe.send(("result", task.run(_Telling(pipe))))

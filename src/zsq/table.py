@@ -9,14 +9,18 @@ from statistics import mean, stdev
 from typing import Any
 
 from zsq.core.errors import RecipeError, RunError
+from zsq.literature import published
 from zsq.rows import Row, read_rows
 
 __all__ = ["Entry", "Line", "Table", "markdown", "tables", "updated"]
 
 REAL = ", real images"
 """What marks the control that is fed with real images."""
-MARK = re.compile(r"(<!-- zsq table (?P<words>[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-"""A generated part of a Markdown file: what to read, and what to show of it."""
+MARK = re.compile(
+    r"^```.*?^```$|^(?P<begin><!-- zsq table (?P<words>[^\n]*?) -->\n).*?(?P<end>^<!-- end -->)",
+    re.DOTALL | re.MULTILINE,
+)
+"""A generated part of a Markdown file, with what to read and what to show of it; or a block of code, to be left."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Line:
     """Mean of all stages but the measurement; None where none is known."""
     memory: int | None
     """Most at any time, in MB."""
+    published: Mapping[str, Sequence[tuple[float, str]]]
+    """By bits, drops that papers report under this protocol, each with its source."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +123,13 @@ def updated(path: Path) -> str:
         raise RunError(f"{path} cannot be read ({error})") from error
 
     def made(match: re.Match[str]) -> str:
+        if match["words"] is None:
+            return match[0]
         rows, only = _read(match["words"], path)
         shown = markdown(tables(select(rows, only)))
         if not shown:
             raise RecipeError(f"{path}: no rows for <!-- zsq table {match['words']} -->")
-        return f"{match[1]}\n{shown}\n\n{match[3]}"
+        return f"{match['begin']}\n{shown}\n\n{match['end']}"
 
     return MARK.sub(made, text)
 
@@ -152,12 +160,21 @@ def _table(key: tuple[str, ...], rows: list[Row], exact: Row | None) -> Table:
     done = [row for row in rows if row["status"] == "done"]
     measured = exact or next(iter(done), None)
     accuracy: Mapping[str, Any] = {"top1": 0.0, "images": 0} if measured is None else measured["accuracy"]["float"]
-    names = dict.fromkeys(_name(row) for row in rows)
-    bits = sorted({str(row["bits"]) for row in rows}, key=_widths, reverse=True)
-    lines = [_line(name, [row for row in done if _name(row) == name]) for name in names]
-    notes = (*_no_real(rows), *_failures(rows))
+    lines = []
+    for name in dict.fromkeys(map(_name, rows)):
+        own = next(row for row in rows if _name(row) == name)
+        papers = published(model, own["method"], own["preset"], protocol) if own["source"] == "own" else {}
+        lines.append(_line(name, [row for row in done if _name(row) == name], papers))
     return Table(
-        model, protocol, data, effort, accuracy["top1"], accuracy["images"], tuple(bits), tuple(lines), tuple(notes)
+        model=model,
+        protocol=protocol,
+        data=data,
+        effort=effort,
+        float_top1=accuracy["top1"],
+        images=accuracy["images"],
+        bits=tuple(sorted({str(row["bits"]) for row in rows}, key=_widths, reverse=True)),
+        lines=tuple(lines),
+        notes=(*_no_real(rows), *_failures(rows)),
     )
 
 
@@ -170,17 +187,18 @@ def _widths(bits: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", bits)))
 
 
-def _line(name: str, rows: list[Row]) -> Line:
+def _line(name: str, rows: list[Row], papers: Mapping[str, Sequence[tuple[float, str]]]) -> Line:
     by_bits: dict[str, list[Row]] = {}
     for row in rows:
         by_bits.setdefault(str(row["bits"]), []).append(row)
     spent = [sum(seconds for stage, seconds in row["seconds"].items() if stage != "evaluate") for row in rows]
     memory = [row["peak_memory_mb"] for row in rows if row.get("peak_memory_mb") is not None]
     return Line(
-        name,
-        {bits: _entry(each) for bits, each in by_bits.items()},
-        mean(spent) if spent else None,
-        max(memory, default=None),
+        name=name,
+        entries={bits: _entry(each) for bits, each in by_bits.items()},
+        seconds=mean(spent) if spent else None,
+        memory=max(memory, default=None),
+        published={bits: papers[bits] for bits in by_bits if bits in papers},
     )
 
 
@@ -210,19 +228,32 @@ def _failures(rows: list[Row]) -> list[str]:
 
 def _markdown(table: Table) -> str:
     header = ["method", *table.bits, "seconds", "MB"]
-    lines = [[_shown(line.name), *(_cell(line.entries.get(bits)) for bits in table.bits)] for line in table.lines]
-    costs = [
-        ["-" if line.seconds is None else f"{line.seconds:.1f}", "-" if line.memory is None else f"{line.memory:,}"]
-        for line in table.lines
-    ]
-    exact = ["float", *([f"{table.float_top1:.2f}"] * len(table.bits)), "", ""]
-    body = [exact, *([*line, *cost] for line, cost in zip(lines, costs, strict=True))]
+    sources = list(dict.fromkeys(s for line in table.lines for drops in line.published.values() for _, s in drops))
+    body = [["float", *([f"{table.float_top1:.2f}"] * len(table.bits)), "", ""]]
+    for line in table.lines:
+        cells = [_cell(line.entries.get(bits)) for bits in table.bits]
+        seconds = "-" if line.seconds is None else f"{line.seconds:.1f}"
+        body.append([_shown(line.name), *cells, seconds, "-" if line.memory is None else f"{line.memory:,}"])
+        if line.published:
+            papers = [_paper_cell(line.published.get(bits, ()), sources) for bits in table.bits]
+            body.append([f"{_shown(line.name)}, published", *papers, "", ""])
     grid = ["| " + " | ".join(cells) + " |" for cells in (header, *body)]
     grid.insert(1, "|---" + "|--:" * (len(header) - 1) + "|")
     spread = any(entry.spread is not None for line in table.lines for entry in line.entries.values())
     legend = "Top-1 in percent, behind it the drop in points"
-    legend += "; ± is the standard deviation over n seeds" if spread else ""
-    return "\n".join([f"{table.title}:", "", *grid, "", "\n\n".join([f"{legend}.", *table.notes])])
+    legend += "; ± is the standard deviation over n seeds." if spread else "."
+    named = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
+    about = [f"Published drops under this protocol: {named}. Float networks and effort differ."] if sources else []
+    return "\n".join([f"{table.title}:", "", *grid, "", "\n\n".join([legend, *about, *table.notes])])
+
+
+def _paper_cell(drops: Sequence[tuple[float, str]], sources: list[str]) -> str:
+    """The drops of papers, from the least to the most, and which papers."""
+    if not drops:
+        return "-"
+    least, most = drops[0][0], drops[-1][0]
+    numbers = ", ".join(str(sources.index(source) + 1) for _, source in drops)
+    return f"({least:.2f}) [{numbers}]" if least == most else f"({least:.2f} to {most:.2f}) [{numbers}]"
 
 
 def _shown(name: str) -> str:
