@@ -499,6 +499,31 @@ def layers(
 
 
 @app.command()
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|DIR", help="A finished run folder, or one of zsq compare.", show_default=False),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The file; report.html in the folder by default.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about a run or a comparison.
+
+    It holds everything it shows and asks for nothing from anywhere.
+    """
+    from zsq.report import write_report
+
+    _use_threads(threads)
+    path = write_report(folder, out)
+    size = path.stat().st_size
+    if as_json:
+        _print_json({"out": str(path), "bytes": size})
+    else:
+        print(f"wrote {path} ({size:,} bytes)")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.", show_default=False)],
     target: Annotated[str, typer.Option(help="ort-x86, openvino, tensorrt or pt2e-x86.")] = "ort-x86",

@@ -28,7 +28,7 @@ from zsq.quant.quantizers import (
 )
 from zsq.runtime.adapters import images_of
 
-__all__ = ["Histogram", "Layer", "Layers", "Sums", "inspect_layers", "layers_of"]
+__all__ = ["Histogram", "Layer", "Layers", "Sums", "held_out", "inspect_layers", "layers_of"]
 
 Chosen = Literal["own", "held-out"]
 IMAGES = 64
@@ -110,8 +110,9 @@ def layers_of(
     if images not in get_args(Chosen):
         raise RecipeError(f"images are {' or '.join(get_args(Chosen))}, got {images!r}")
     student, network = load(folder, model)
-    shown = torch.from_numpy(images_of(folder))[:IMAGES] if images == "own" else held_out(network, student)
-    return inspect_layers(student, network, shown, images, int(read_metrics(folder)["seed"]))
+    if images == "own":
+        return inspect_layers(student, network, torch.from_numpy(images_of(folder))[:IMAGES], images)
+    return inspect_layers(student, network, held_out(network, student, read_metrics(folder)["seed"]))
 
 
 def held_out(network: Network, student: fx.GraphModule, seed: int = 0) -> Tensor:
@@ -123,9 +124,7 @@ def held_out(network: Network, student: fx.GraphModule, seed: int = 0) -> Tensor
 
 
 @torch.no_grad()
-def inspect_layers(
-    student: fx.GraphModule, network: Network, images: Tensor, source: str = "held-out", seed: int = 0
-) -> Layers:
+def inspect_layers(student: fx.GraphModule, network: Network, images: Tensor, source: str = "held-out") -> Layers:
     """Each layer of ``student`` beside the one of ``network``, on ``images`` (N, C, H, W) in normalised space."""
     teacher = _reference(student, network)
     names = list(layers_in_order(student))
