@@ -17,8 +17,9 @@ check: docs .venv/test.stamp  ## format, lint, types, the documentation
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+# Without --quiet, under which --strict sees no warnings.
 docs: .venv/test.stamp  ## the documentation, into site/; whatever mkdocs warns of is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: .venv/test.stamp  ## rewrite the code as the checks want it
 	$(BIN)/ruff check --fix-only

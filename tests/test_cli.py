@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -242,7 +243,14 @@ def test_quantize_in_another_precision(tmp_path: Path, capsys: pytest.CaptureFix
 def test_quantize_says_when_nothing_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["quantize", "zoo:digits-resnet", "--method", "dfq", "--bits", "w8a8", *SMOKE]
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
-    assert "not measured: no --data" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not measured: no --data" in out
+    assert re.search(r"^estimate  +a drop of [\d.]+ points \([\d.]+ to [\d.]+\), without data$", out, re.MULTILINE)
+    assert re.search(
+        r"^ +agrees with the teacher on [\d.]+ % of 8 class images, [\d.]+ % of 8 dead leaves$", out, re.MULTILINE
+    )
+    assert main([*words, "--out", str(tmp_path / "other"), "--no-estimate"]) == 0
+    assert "without data" not in capsys.readouterr().out
 
 
 def test_evaluate_a_run_agrees_with_its_metrics(run: Path, capsys: pytest.CaptureFixture[str]):

@@ -37,7 +37,8 @@ from PIL import Image
 
 from zsq.api import resolve
 from zsq.cli import _overrides, app, main
-from zsq.core import Bits, ZsqError
+from zsq.core import Bits, Method, ZsqError, show
+from zsq.methods import BASELINES, METHODS
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = {"sh", "console", "python", "text", "diff", "json"}
@@ -78,13 +79,17 @@ class Block:
     note: str
 
 
-def generated() -> dict[str, str]:
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "hooks" / "pages.py")
+def hook(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "hooks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made: dict[str, str] = module.pages()
+    return module
+
+
+def generated() -> dict[str, str]:
+    made: dict[str, str] = hook("pages").pages()
     return {f"site/{place}": text for place, text in made.items() if place not in ("contributing.md", "changelog.md")}
 
 
@@ -329,6 +334,31 @@ def test_links_lead_somewhere(page: str):
         if anchor:
             heads = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, anchor
+
+
+# --- what is generated ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), *BASELINES.values()], ids=lambda method: method.name)
+def test_a_method_has_a_page(method: Method):
+    page = PAGES[f"site/methods/{method.name}.md"]
+    assert method.paper.title in page
+    assert show(method) in page
+    assert all(show(method.preset(name)) == show(method) or f"\n`{name}`\n" in page for name in method.presets)
+    path, _, value = re.findall(r"`--set ([^`]*)`", page)[-1].partition("=")
+    assert dict(method.leaves())[path] == float(value)
+
+
+def test_every_option_is_listed():
+    for name, command in typer.main.get_command(app).commands.items():
+        section = PAGES["site/cli.md"].partition(f"\n## zsq {name}\n")[2].partition("\n## ")[0]
+        options = {spelled for each in command.params for spelled in each.opts if spelled.startswith("--")}
+        assert {option for option in options if f"`{option}" not in section} <= {"--help"}
+
+
+def test_doctests_become_blocks():
+    text = "Twice.\n\n>>> 1 + 1\n2\n\nAnd ``>>>`` stays."
+    assert hook("doctests").fenced(text) == "Twice.\n\n```pycon\n>>> 1 + 1\n2\n```\nAnd ``>>>`` stays."
 
 
 # --- these tests themselves ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The pages of the site that are made from the code, each time it is built, so that they cannot be stale.
 
-``pages()`` is all of them as Markdown; the two functions below it are mkdocs hooks.
+``pages()`` is all of them as Markdown; the functions below it are mkdocs hooks.
 """
 
 import ast
@@ -19,7 +19,7 @@ import typer
 import zsq
 from zsq.api import protocol_of
 from zsq.cli import app, main
-from zsq.core import Method, Recipe, walk
+from zsq.core import FLOAT, Method, Recipe, walk
 from zsq.export import TARGETS
 from zsq.methods import BASELINES, METHODS
 from zsq.quant import PROTOCOLS
@@ -28,6 +28,7 @@ from zsq.zoo import MODELS
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -118,6 +119,15 @@ def on_files(files: "Files", config: "MkDocsConfig") -> None:
 
     for place, text in pages().items():
         files.append(File.generated(config, place, content=text))
+
+
+def on_post_page(output: str, page: "Page", config: "MkDocsConfig") -> str:
+    """Fail if the page would fetch anything from elsewhere when it is opened."""
+    from mkdocs.exceptions import PluginError
+
+    if fetched := re.search(r"""(?:src=|<link[^>]*href=|url\()["']?(?:https?:)?//[^"'>)]+""", output):
+        raise PluginError(f"{page.file.src_uri} fetches {fetched[0]}")
+    return output
 
 
 # --- methods ------------------------------------------------------------------------------------------------------
@@ -266,9 +276,10 @@ def _presets(method: Method) -> str:
 
 
 def _example(method: Method) -> str:
-    """A value that a reader may want to change."""
-    counts = [(path, value) for path, value in method.leaves() if path.endswith((".steps", ".samples"))]
-    path, value = (counts or list(method.leaves()))[0]
+    """A number that a reader may want to change, as it stands."""
+    numbers = [(path, value) for path, value in method.leaves() if type(value) in (int, float)]
+    counts = [(path, value) for path, value in numbers if path.endswith((".steps", ".samples"))]
+    path, value = (counts or numbers)[0]
     return f"{path}={value}"
 
 
@@ -286,7 +297,7 @@ def protocols_page() -> str:
         protocol = protocol_of(method)
         known.setdefault(protocol.name, protocol)
         own[protocol.name].append(f"[`{method.name}`](methods/{method.name}.md)")
-    parts = []
+    parts, rows = [], [["protocol", "placement", "at the ends", "folds BatchNorm", "default of"]]
     for name, protocol in known.items():
         says = [f"Also called {', '.join(aliases[name])}."] if aliases[name] else []
         says += [f"That of {', '.join(own[name])} by default."] if own[name] else []
@@ -295,12 +306,24 @@ def protocols_page() -> str:
         if name in TARGETS:
             says.append(f"For the target [`{name}`](targets.md#{name}).")
         parts.append("\n\n".join([f"## {name}", " ".join(says), fence("text", zsq.show(protocol))]))
+        ends = {bits for bits in protocol.ends.parts().values() if bits is not None}
+        rows.append(
+            [
+                f"[`{name}`](#{name})",
+                f"`{type(protocol.placement).__name__}`",
+                " and ".join("float" if bits == FLOAT else f"{bits} bits" for bits in sorted(ends)) or "as all",
+                "yes" if protocol.fold else "no",
+                ", ".join(own[name]) or "-",
+            ]
+        )
     return f"""# Protocols
 
 A protocol says where quantizers sit, which ends keep 8 bits, and on which grids values lie. Accuracies compare only
 under one: `--protocol` puts any method under any of these, and every run records which it was.
 `placement` is one of [`AfterActivations`][zsq.quant.AfterActivations], [`LayerInputs`][zsq.quant.LayerInputs],
 [`EveryEdge`][zsq.quant.EveryEdge], `IntegerKernels`; `ends` are [`Ends`][zsq.quant.Ends], in bits, 32 for float.
+
+{table(rows)}
 
 {chr(10).join(parts)}
 """

@@ -37,6 +37,7 @@ from zsq.core import (
     smoke,
 )
 from zsq.core.recipe import snake
+from zsq.estimate import estimate_drop, smoke_sources
 from zsq.evaluate import Images, check_images, evaluate_pair, read_images
 from zsq.export import Plan, Target, find_target, plan
 from zsq.methods import BASELINES, METHODS, PLUGINS
@@ -113,6 +114,7 @@ def quantize(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     data: str | Path | Images | None = None,
+    estimate: bool = True,
     out: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -125,8 +127,9 @@ def quantize(
 
     ``precision`` "bfloat16" lets layers compute in it while a student is distilled or a generator learns beside it;
     what is measured is float32.
-    ``data`` is only ever read to report accuracies, after everything is decided. With ``out`` the run keeps its
-    progress there: the same call after an interruption continues and ends with the same bits.
+    ``data`` is only ever read to report accuracies, after everything is decided. ``estimate`` says without data what
+    the student is believed to have lost, as ``zsq.estimate`` counts it. With ``out`` the run keeps its progress there:
+    the same call after an interruption continues and ends with the same bits.
     ``synthesizer`` takes the place of the method's own. What one of a finite set makes is kept below ``shared``, for
     other calls that would make the same; the student is the same with and without.
 
@@ -187,6 +190,11 @@ def quantize(
         "bytes": {"float": _float_bytes(teacher.module), "packed": len(saved)},
         "images": 0 if made is None else len(made),
     }
+    if estimate and job.classes > 1:
+        with run.timed("estimate"):
+            metrics["estimate"] = asdict(
+                estimate_drop(job, smoke_sources(teacher.offers) if effort == "smoke" else None)
+            )
     if images is not None:
         with run.timed("evaluate"):
             metrics["accuracy"] = _accuracies(network, teacher, student, images, run)

@@ -206,6 +206,9 @@ def quantize(
     mean: Mean = None,
     std: Std = None,
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    estimate: Annotated[
+        bool, typer.Option(help="Estimate the loss from synthetic images, which needs no data.")
+    ] = True,
     seed: Seed = 0,
     device: Device = "auto",
     precision: PrecisionName = "float32",
@@ -230,6 +233,7 @@ def quantize(
             effort=effort,
             overrides=overrides,
             data=data,
+            estimate=estimate,
             out=out,
             seed=seed,
             device=device,
@@ -648,6 +652,7 @@ def _summary(metrics: dict[str, Any], out: Path) -> list[list[str]]:
         rows.append(["precision", metrics["precision"]])
     rows += [["set", f"{path}={value}"] for path, value in metrics["overrides"].items()]
     rows += _accuracy_rows(metrics["accuracy"]) if "accuracy" in metrics else [["accuracy", "not measured: no --data"]]
+    rows += _estimate_rows(metrics["estimate"]) if "estimate" in metrics else []
     left, size, seconds = metrics["float_tensors"], metrics["bytes"], metrics["seconds"]
     names = f" ({', '.join(left)})" if 0 < len(left) <= 6 else ""
     rows.append(["left in float", f"{len(left)} tensors{names}"])
@@ -668,6 +673,13 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[list[str]]:
         ["drop", f"{accuracy['drop']:.2f} points"],
         ["agreement", f"{low['agreement']:.2f} % of {low['images']} images"],
     ]
+
+
+def _estimate_rows(estimate: dict[str, Any]) -> list[list[str]]:
+    from zsq.estimate import in_words
+
+    counted = [f"{each['agreement']:.1f} % of {each['images']} {name}" for name, each in estimate["sources"].items()]
+    return [["estimate", in_words(estimate)], ["", f"agrees with the teacher on {', '.join(counted)}"]]
 
 
 def _verification(found: "Verification") -> list[str]:

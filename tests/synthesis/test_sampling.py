@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from zsq.core import RecipeError
 from zsq.synthesis import (
     CropAndFlip,
+    DeadLeaves,
     GaussianPixels,
     InTurn,
     LowPass,
@@ -51,6 +52,53 @@ def test_first_pixels_have_the_distribution_they_say():
 def test_an_empty_interval_is_refused():
     with pytest.raises(RecipeError, match=r"low must be below high, got 1.0 and 1.0"):
         UniformPixels(low=1.0, high=1.0)
+
+
+# --- dead leaves ------------------------------------------------------------------------------------------------
+
+
+def test_one_leaf_by_hand():
+    """A ground of one colour and, in each image, one shape of the area that its radius says."""
+    leaves = DeadLeaves(shapes=1, smallest=0.2, largest=0.2001, colour=1.0)
+    images = leaves.draw((200, 3, 64, 64), stream())
+    assert images.shape == (200, 3, 64, 64)
+    ground = images.flatten(2).median(2).values[:, :, None, None]  # the shape covers less than half
+    covered = ((images - ground).abs().amax(1) > 1e-4).flatten(1).float().mean(1)
+    whole = covered[covered > 0.1]  # others lie at the border, or partly so
+    assert len(whole) > 20
+    assert covered.max() == pytest.approx(math.pi * 0.2**2, rel=0.12)  # ellipse or box; the rim counts as covered
+    smooth = [len(image.flatten(1).T.round(decimals=4).unique(dim=0)) for image in images]
+    assert all(colours >= 2 for colours in smooth[:50])
+
+
+def test_radii_follow_the_power_law():
+    leaves = DeadLeaves(smallest=0.1, largest=0.4, power=3.0)
+    # P(r < R) = (0.1^-2 - R^-2) / (0.1^-2 - 0.4^-2): for R = 0.2 it is 75 / 93.75 = 0.8
+    radii = leaves._radius(torch.tensor([0.0, 0.8, 1.0]))
+    assert_close(radii, torch.tensor([0.1, 0.2, 0.4]))
+
+
+def test_dead_leaves_have_the_spread_and_the_colours_they_say():
+    images = DeadLeaves(std=2.0).draw((300, 3, 16, 16), stream())
+    assert abs(images.mean()) < 0.15
+    assert 1.7 < images.std() < 2.05  # less at the smooth borders
+    grey = DeadLeaves(colour=0.0).draw((4, 3, 16, 16), stream())
+    assert torch.equal(grey[:, :1].expand_as(grey), grey)
+    channels = DeadLeaves(colour=1.0).draw((300, 3, 16, 16), stream()).transpose(0, 1).flatten(1)
+    assert channels.corrcoef().triu(1).abs().max() < 0.1
+
+
+def test_dead_leaves_are_one_channel_where_asked_and_the_same_for_the_same_stream():
+    draw = DeadLeaves().draw
+    assert draw((2, 1, 8, 12), stream()).shape == (2, 1, 8, 12)
+    assert torch.equal(draw((2, 3, 8, 8), stream(5)), draw((2, 3, 8, 8), stream(5)))
+    assert not torch.equal(draw((2, 3, 8, 8), stream(5)), draw((2, 3, 8, 8), stream(6)))
+
+
+@pytest.mark.parametrize("change", [{"smallest": 0.7}, {"power": 1.0}, {"colour": 1.5}, {"shapes": 0}, {"std": 0.0}])
+def test_leaves_that_cannot_be_drawn_are_refused(change):
+    with pytest.raises(RecipeError):
+        DeadLeaves(**change)
 
 
 # --- shifts -----------------------------------------------------------------------------------------------------

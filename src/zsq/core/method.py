@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +16,7 @@ from zsq.core.teacher import Teacher, View, look
 
 __all__ = ["FLOAT", "Bits", "Job", "Method", "NoData", "Paper", "Pass", "Synthesizer", "Transform", "smoke"]
 
+R = TypeVar("R", bound=Recipe)
 FLOAT = 32
 """The bit width that means: not quantized."""
 
@@ -224,12 +225,12 @@ class Method(Recipe):
             )
 
 
-def smoke(method: Method) -> Method:
-    """``method`` with every count shrunk to the least that still runs each line: for tests."""
+def smoke(recipe: R) -> R:
+    """``recipe`` with every count shrunk to the least that still runs each line: for tests."""
     least = {"steps": 3, "batches": 1, "samples": 8, "batch_size": 4}
     changes = {}
-    for path, value in method.leaves():
+    for path, value in recipe.leaves():
         name = path.rpartition(".")[2]
         if name in least and isinstance(value, int):
             changes[path] = min(value, least[name])
-    return method.override(changes)
+    return recipe.override(changes)

@@ -248,6 +248,7 @@ MINMAX_VIT = QuantizationProtocol(
     placement=EveryEdge(logits=True, constants=True),
     weights=Scheme(symmetric=True, granularity=PerChannel()),
     probabilities="float",
+    pixels="possible",
 )
 REPQ_VIT = QuantizationProtocol(
     name="repq-vit",

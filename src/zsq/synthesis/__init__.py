@@ -3,6 +3,7 @@
 from zsq.synthesis.generator import TrainGenerator
 from zsq.synthesis.images import Noise, OptimizeImages, Plateau, WarmUpCosine
 from zsq.synthesis.latents import Change, OptimizeLatents
+from zsq.synthesis.margins import ReachMargins
 from zsq.synthesis.networks import (
     ConditionalTrunk,
     ConvTrunk,
@@ -13,6 +14,7 @@ from zsq.synthesis.networks import (
 from zsq.synthesis.patches import FinalAttention, StopPatches
 from zsq.synthesis.sampling import (
     CropAndFlip,
+    DeadLeaves,
     GaussianPixels,
     InTurn,
     LowPass,
@@ -26,6 +28,7 @@ __all__ = [
     "ConditionalTrunk",
     "ConvTrunk",
     "CropAndFlip",
+    "DeadLeaves",
     "FinalAttention",
     "GaussianPixels",
     "InTurn",
@@ -36,6 +39,7 @@ __all__ = [
     "OptimizeLatents",
     "PlainNoise",
     "Plateau",
+    "ReachMargins",
     "ShiftAndFlip",
     "StopPatches",
     "TrainGenerator",

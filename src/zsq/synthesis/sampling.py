@@ -1,5 +1,6 @@
 """What images start from: label samplers, first pixels; and what is done to an image before it is looked at."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zsq.core import Recipe, RecipeError, Transform, check_positive
+from zsq.core import Recipe, RecipeError, Transform, check_counts, check_positive
 
 __all__ = [
     "CropAndFlip",
+    "DeadLeaves",
     "GaussianPixels",
     "InTurn",
     "LowPass",
@@ -59,6 +61,61 @@ class UniformPixels(Recipe):
     def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         """Pixels of ``shape`` (N, C, H, W)."""
         return torch.rand(shape, generator=rng) * (self.high - self.low) + self.low
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadLeaves(Recipe):
+    """Flat ellipses and boxes that fall onto each other: the cheapest image with the edges and scales of a photograph.
+
+    The model is Lee et al.'s (IJCV 2001); that networks learn from such images is Baradad et al.'s (NeurIPS 2021).
+    Radii have the density r^-power; centres, angles and aspect ratios (1/2 to 2) are uniform, the last in logarithm.
+    """
+
+    shapes: int = 60
+    """How many, above a flat ground."""
+    smallest: float = 0.04
+    """Least radius, as a share of the shorter side."""
+    largest: float = 0.6
+    power: float = 3.0
+    """Falling-off of the radii; at 3 every scale covers as much."""
+    colour: float = 0.4
+    """How far the channels of a shape differ: 0 is grey, 1 makes them independent."""
+    std: float = 1.1
+    """Standard deviation of a channel over shapes, in normalised space."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "shapes")
+        check_positive(self, "std")
+        if not (0 < self.smallest < self.largest and self.power > 1 and 0 <= self.colour <= 1):
+            raise RecipeError(f"0 < smallest < largest, power above 1 and colour in [0, 1] are asked, got {self}")
+
+    def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Pixels of ``shape`` (N, C, H, W); borders of shapes are smooth over one pixel."""
+        count, channels, height, width = shape
+        side = min(height, width)
+        numbers = torch.rand(self.shapes, 6, count, 1, 1, generator=rng)
+        common = torch.randn(self.shapes + 1, count, 1, 1, 1, generator=rng)
+        own = torch.randn(self.shapes + 1, count, channels, 1, 1, generator=rng)
+        ground, *colours = self.std * (math.sqrt(1 - self.colour**2) * common + self.colour * own)
+        images: Tensor = ground.expand(shape).clone()
+        y, x = (torch.arange(height)[:, None] + 0.5) / side, (torch.arange(width) + 0.5) / side
+        for colour, (size, down, right, turn, stretch, box) in zip(colours, numbers, strict=True):
+            radius, aspect = self._radius(size), 2 ** (stretch - 0.5)  # semi-axes: radius times and over aspect
+            dy, dx = y - down * (height / side), x - right * (width / side)  # (N, H, W)
+            sin, cos = torch.sin(math.pi * turn), torch.cos(math.pi * turn)
+            u, v = (cos * dx + sin * dy) / (radius * aspect), (cos * dy - sin * dx) / (radius / aspect)
+            # the box has the area of the ellipse: 4 a^2 = pi
+            far = torch.where(box < 0.5, torch.maximum(u.abs(), v.abs()) * (2 / math.sqrt(math.pi)), torch.hypot(u, v))
+            covered = ((1 - far) * radius * side + 0.5).clamp(0, 1)[:, None]  # (N, 1, H, W)
+            images.lerp_(colour, covered)
+        return images
+
+    def _radius(self, share: Tensor) -> Tensor:
+        """The radius, as a share of the side, below which ``share`` of all lie."""
+        exponent = 1 - self.power
+        least: float = self.smallest**exponent
+        most: float = self.largest**exponent
+        return (least + (most - least) * share).pow(1 / exponent)
 
 
 class Shift(NamedTuple):
