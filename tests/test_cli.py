@@ -245,7 +245,9 @@ def test_quantize_says_when_nothing_was_measured(tmp_path: Path, capsys: pytest.
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "not measured: no --data" in out
-    assert re.search(r"^estimate  +a drop of [\d.]+ points \([\d.]+ to [\d.]+\), without data$", out, re.MULTILINE)
+    assert re.search(
+        r"^estimate  +a drop of [\d.]+ points \([\d.]+ to [\d.]+\), without data: a guess", out, re.MULTILINE
+    )
     assert re.search(
         r"^ +agrees with the teacher on [\d.]+ % of 8 class images, [\d.]+ % of 8 dead leaves$", out, re.MULTILINE
     )

@@ -180,6 +180,10 @@ def test_images_of_a_source_lie_at_all_distances_from_a_decision():
 # --- words ------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_too_large_to_tell_is_said_to_be_so():
-    assert in_words({"drop": 3.14, "low": 1.0, "high": 5.55}) == "a drop of 3.1 points (1.0 to 5.5), without data"
-    assert in_words({"drop": 20.1, "low": 1.0, "high": 30.0}).startswith("a drop of more than 20 points")
+def test_words_say_no_more_than_was_found_out():
+    small, large = {"drop": 3.14, "low": 1.0, "high": 5.55}, {"drop": 20.1, "low": 1.0, "high": 30.0}
+    assert in_words({"estimate": small, "input_shape": [3, 8, 8]}) == "a drop of 3.1 points (1.0 to 5.5), without data"
+    assert in_words({"estimate": large, "input_shape": [3, 8, 8]}) == "a drop of more than 20 points, without data"
+    assert in_words({"estimate": small, "input_shape": [1, 8, 8]}).endswith(
+        "a guess, tested on colour photographs alone"
+    )

@@ -652,7 +652,7 @@ def _summary(metrics: dict[str, Any], out: Path) -> list[list[str]]:
         rows.append(["precision", metrics["precision"]])
     rows += [["set", f"{path}={value}"] for path, value in metrics["overrides"].items()]
     rows += _accuracy_rows(metrics["accuracy"]) if "accuracy" in metrics else [["accuracy", "not measured: no --data"]]
-    rows += _estimate_rows(metrics["estimate"]) if "estimate" in metrics else []
+    rows += _estimate_rows(metrics) if "estimate" in metrics else []
     left, size, seconds = metrics["float_tensors"], metrics["bytes"], metrics["seconds"]
     names = f" ({', '.join(left)})" if 0 < len(left) <= 6 else ""
     rows.append(["left in float", f"{len(left)} tensors{names}"])
@@ -675,11 +675,12 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _estimate_rows(estimate: dict[str, Any]) -> list[list[str]]:
+def _estimate_rows(metrics: dict[str, Any]) -> list[list[str]]:
     from zsq.estimate import in_words
 
-    counted = [f"{each['agreement']:.1f} % of {each['images']} {name}" for name, each in estimate["sources"].items()]
-    return [["estimate", in_words(estimate)], ["", f"agrees with the teacher on {', '.join(counted)}"]]
+    sources = metrics["estimate"]["sources"].items()
+    counted = [f"{each['agreement']:.1f} % of {each['images']} {name}" for name, each in sources]
+    return [["estimate", in_words(metrics)], ["", f"agrees with the teacher on {', '.join(counted)}"]]
 
 
 def _verification(found: "Verification") -> list[str]:

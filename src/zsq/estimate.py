@@ -133,17 +133,19 @@ def estimate_drop(job: Job, sources: Mapping[str, Images] | None = None, shared:
     return Estimate(round(drop, 3), round(min(ends), 3), round(max(ends), 3), found)
 
 
-def in_words(estimate: Mapping[str, Any]) -> str:
-    """What an estimate, as it stands in ``metrics.json``, allows to be said.
+def in_words(metrics: Mapping[str, Any]) -> str:
+    """What the estimate in ``metrics`` allows to be said.
 
-    >>> in_words({"drop": 1.234, "low": 0.5, "high": 2.0})
+    >>> in_words({"estimate": {"drop": 1.234, "low": 0.5, "high": 2.0}, "input_shape": [3, 32, 32]})
     'a drop of 1.2 points (0.5 to 2.0), without data'
-    >>> in_words({"drop": 27.0, "low": 22.0, "high": 31.0})
-    'a drop of more than 20 points, without data: too many for the estimate to tell how many'
+    >>> in_words({"estimate": {"drop": 27.0, "low": 22.0, "high": 31.0}, "input_shape": [3, 32, 32]})
+    'a drop of more than 20 points, without data'
     """
-    if estimate["drop"] > RANGE:
-        return f"a drop of more than {RANGE:.0f} points, without data: too many for the estimate to tell how many"
-    return f"a drop of {estimate['drop']:.1f} points ({estimate['low']:.1f} to {estimate['high']:.1f}), without data"
+    found = metrics["estimate"]
+    points = f"{found['drop']:.1f} points ({found['low']:.1f} to {found['high']:.1f})"
+    size = points if found["drop"] <= RANGE else f"more than {RANGE:.0f} points"
+    doubt = "" if metrics["input_shape"][0] == 3 else ": a guess, tested on colour photographs alone"
+    return f"a drop of {size}, without data{doubt}"
 
 
 def agreement(teacher: Tensor, student: Tensor) -> Agreement:
