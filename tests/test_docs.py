@@ -161,7 +161,8 @@ def check_zsq(words: list[str], whole: bool) -> None:
         assert words[0].isupper() or words[0].startswith("--"), words
         return
     named = command.commands[words[0]]
-    known = {spelled for parameter in named.params for spelled in parameter.opts} | {"--help"}
+    options = [spelled for each in named.params for spelled in (*each.opts, *each.secondary_opts)]
+    known = {*options, "--help"}
     assert {word for word in words[1:] if word.startswith("--")} <= known, words
     try:
         given = named.make_context(words[0], words[1:]).params

@@ -51,6 +51,7 @@ AROUND = {
         "zsq.table.tables",
         "zsq.table.markdown",
     ),
+    "The loss without data": ("zsq.estimate.estimate_drop", "zsq.estimate.Estimate", "zsq.estimate.Agreement"),
     "Errors": (
         "zsq.core.errors.RecipeError",
         "zsq.core.errors.UnsupportedModel",

@@ -37,7 +37,7 @@ from zsq.core import (
     smoke,
 )
 from zsq.core.recipe import snake
-from zsq.estimate import estimate_drop, smoke_sources
+from zsq.estimate import estimate_drop, image_sources, smoke_sources
 from zsq.evaluate import Images, check_images, evaluate_pair, read_images
 from zsq.export import Plan, Target, find_target, plan
 from zsq.methods import BASELINES, METHODS, PLUGINS
@@ -145,8 +145,8 @@ def quantize(
     ``data`` is only ever read to report accuracies, after everything is decided. ``estimate`` says without data what
     the student is believed to have lost, as ``zsq.estimate`` counts it. With ``out`` the run keeps its progress there:
     the same call after an interruption continues and ends with the same bits.
-    ``synthesizer`` takes the place of the method's own. What one of a finite set makes is kept below ``shared``, for
-    other calls that would make the same; the student is the same with and without.
+    ``synthesizer`` takes the place of the method's own. What one of a finite set makes is kept below ``shared``, and
+    so are the images of the estimate, for other calls that would make the same; results are the same with and without.
 
     Raises:
         ZsqError: before work starts, if the recipe, the model, the data or the folder cannot be used.
@@ -171,11 +171,14 @@ def quantize(
         identity["precision"] = precision
     run.claim(identity)
     run.write("recipe", f"{recipe.name} {bits}, seed {seed}\n\n{show(recipe)}\n".encode())
+
+    def place(images: object) -> Path | None:
+        return None if shared is None else Path(shared) / images_key(images, digest, network, run)
+
     source = Source(recipe.synthesizer, job)
     finite = reads_images(recipe) and not source.live
     if finite:
-        place = None if shared is None else Path(shared) / images_key(recipe, digest, network, run)
-        with run.timed("synthesize"), run.sharing(place):
+        with run.timed("synthesize"), run.sharing(place(recipe.synthesizer)):
             source.take(None)
     for step in recipe.quantizer:
         with run.timed(_stage(step)):
@@ -204,17 +207,16 @@ def quantize(
         "untraced": dict(student.meta.get("untraced", {})),
         "bytes": {"float": _float_bytes(teacher.module), "packed": len(saved)},
         "images": 0 if made is None else len(made),
+        "peak_memory_mb": _peak_memory_mb(),  # before anything is measured
     }
     if estimate and job.classes > 1:
+        sources = (smoke_sources if effort == "smoke" else image_sources)(teacher.offers)
         with run.timed("estimate"):
-            metrics["estimate"] = asdict(
-                estimate_drop(job, smoke_sources(teacher.offers) if effort == "smoke" else None)
-            )
+            metrics["estimate"] = asdict(estimate_drop(job, sources, place(sources)))
     if images is not None:
         with run.timed("evaluate"):
             metrics["accuracy"] = _accuracies(network, teacher, student, images, run)
     metrics["seconds"] = {stage: round(seconds, 2) for stage, seconds in run.seconds.items()}
-    metrics["peak_memory_mb"] = _peak_memory_mb()
     metrics["versions"] = {"zsq": __version__, "torch": torch.__version__, "python": platform.python_version()}
     run.write("student.safetensors", saved)
     if made is not None and run.folder is not None:
@@ -470,11 +472,10 @@ def _learning_steps(recipe: Method) -> int:
     return sum(int(getattr(step, "steps", 0)) for step in drawing if getattr(step, "reads_images", False))
 
 
-def images_key(recipe: Method, teacher: str, network: Network, run: Run) -> str:
-    """A SHA-256 of all that decides which images a finite set has: where it agrees, they are the same."""
-    images = show(replace(recipe, quantizer=()))
-    facts = (images, teacher, network.input_shape, network.mean, network.std)
-    return hashlib.sha256(repr((*facts, run.seed, run.precision, run.device.type)).encode()).hexdigest()
+def images_key(recipe: object, teacher: str, network: Network, run: Run) -> str:
+    """A SHA-256 of all that decides which images ``recipe`` makes, a finite set: where it agrees, they are the same."""
+    facts = (recipe, teacher, network.input_shape, network.mean, network.std, run.seed, run.precision, run.device.type)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def reads_images(recipe: Method) -> bool:

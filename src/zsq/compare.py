@@ -385,7 +385,7 @@ def _cells(grid: Grid, model: str, network: Network, data: str, real: _Calibrati
     for each, bits, seed in product([*controls, *asked], map(Bits.parse, grid.bits), grid.seeds):
         recipe = each.recipe
         drawn = real.draw(network, recipe, seed, data)
-        key = images_key(recipe, digest, network, Run(seed=seed, device=grid.device))
+        key = images_key(recipe.synthesizer, digest, network, Run(seed=seed, device=grid.device))
         cell = Cell(
             id=each.id(network, "", bits, seed),
             method=each.method,

@@ -158,6 +158,9 @@ class Processes:
                         yield index, lost
         finally:
             for worker, _ in running.values():
+                worker.terminate()
+            for worker, _ in running.values():
+                worker.join(5)
                 worker.kill()
                 worker.join()
 
@@ -268,7 +271,8 @@ class _Telling:
 
 def _work(task: Task[Any], pipe: Connection, threads: int) -> None:
     """What a process of its own does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's, who ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's, who ends this process ...
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ... in good order
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare(threads)
     pipe.send(("result", task.run(_Telling(pipe))))

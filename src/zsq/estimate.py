@@ -8,6 +8,7 @@ says where the constants come from, how far the estimate was off, and where it f
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,12 +104,12 @@ class Estimate:
     sources: Mapping[str, Agreement]
 
 
-def estimate_drop(job: Job, sources: Mapping[str, Images] | None = None) -> Estimate:
+def estimate_drop(job: Job, sources: Mapping[str, Images] | None = None, shared: Path | None = None) -> Estimate:
     """What ``job.student`` lost against ``job.teacher``, from images made for this alone; nothing of the job changes.
 
     The drop is ``points`` times the weighted disagreement on the first source; ``image_sources`` says which there are
     by default. The interval reaches from the lowest to the highest that any of them allows in the 90 % interval of what
-    it counted.
+    it counted. Images are kept in the folder ``shared`` for other students of the same teacher and seed.
 
     Raises:
         UnsupportedModel: if the networks have one logit, on which all agree.
@@ -121,6 +122,8 @@ def estimate_drop(job: Job, sources: Mapping[str, Images] | None = None) -> Esti
     sources = image_sources(job.teacher.offers) if sources is None else sources
     for name, images in sources.items():
         source = Source(images.synthesizer, apart, f"estimate/{name}")
+        with run.sharing(shared):
+            source.take(None)
         teacher, student = _logits(apart, source)
         found[name] = agreement(teacher, student)
         shares = wilson(1 - found[name].weighted_agreement / 100, _effective(teacher))

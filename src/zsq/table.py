@@ -12,8 +12,10 @@ from zsq.core.errors import RecipeError, RunError
 from zsq.literature import published
 from zsq.rows import Row, read_rows
 
-__all__ = ["Entry", "Line", "Table", "markdown", "tables", "updated"]
+__all__ = ["Entry", "Line", "Table", "facts", "markdown", "select", "tables", "updated"]
 
+APART = ("estimate", "evaluate")
+"""Stages that measure a student and do not make it."""
 REAL = ", real images"
 """What marks the control that is fed with real images."""
 MARK = re.compile(
@@ -44,7 +46,7 @@ class Line:
     entries: Mapping[str, Entry]
     """By bits; those that failed or were not asked for are missing."""
     seconds: float | None
-    """Mean of all stages but the measurement; None where none is known."""
+    """Mean of all stages that make a student; None where none is known."""
     memory: int | None
     """Most at any time, in MB."""
     published: Mapping[str, Sequence[tuple[float, str]]]
@@ -191,7 +193,7 @@ def _line(name: str, rows: list[Row], papers: Mapping[str, Sequence[tuple[float,
     by_bits: dict[str, list[Row]] = {}
     for row in rows:
         by_bits.setdefault(str(row["bits"]), []).append(row)
-    spent = [sum(seconds for stage, seconds in row["seconds"].items() if stage != "evaluate") for row in rows]
+    spent = [sum(seconds for stage, seconds in row["seconds"].items() if stage not in APART) for row in rows]
     memory = [row["peak_memory_mb"] for row in rows if row.get("peak_memory_mb") is not None]
     return Line(
         name=name,
