@@ -92,9 +92,10 @@ def bars(
     log: bool = False,
     marked: Iterable[str] = (),
     axis: str = "layer, in the order in which they run",
+    width: float = 980.0,
 ) -> str:
-    """A bar for each name; those that are ``marked`` in another colour."""
-    width, height = max(980.0, 64.0 + 14.0 * len(values)), 230.0
+    """A bar for each name; those that are ``marked`` in another colour. Many bars widen the picture."""
+    width, height = max(width, 64.0 + 14.0 * len(values)), 230.0
     y = Axis.over([value for _, value in values], height - _BOTTOM, _TOP, log=log, zero=not log)
     room = (width - _LEFT - _RIGHT) / max(len(values), 1)
     ground = height - _BOTTOM if log else y.at(0.0)

@@ -76,7 +76,10 @@ def curves(folder: Path) -> list[tuple[str, str]]:
             kind, _, name = label.partition(" ")
             once.setdefault(kind, []).append((name or kind, points[0][1]))
     for kind, ends in once.items():
-        found.append((f"{kind}, at the end", charts.bars(ends, f"last loss of {kind}", log=True, axis="in order")))
+        chart = charts.bars(
+            ends, f"last loss of {kind}", log=True, axis="in the order in which they ended", width=560.0
+        )
+        found.append((f"{kind}, at the end", chart))
     return found
 
 
