@@ -80,6 +80,12 @@ def test_a_table_as_text():
     assert markdown(tables(ROWS)) == TEXT
 
 
+def test_a_cell_that_two_files_have_counts_once():
+    assert markdown(tables([*ROWS, *ROWS])) == TEXT
+    other = [{**each, "recipe": "another"} for each in ROWS]
+    assert "n = 6" in markdown(tables([*ROWS, *other]))
+
+
 def test_conditions_that_differ_never_share_a_table():
     others = [row("zeroq", "W4A4", 50.0, **{name: "other"}) for name in ("model", "protocol", "effort", "data")]
     made = tables([*ROWS, *others])

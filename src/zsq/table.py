@@ -76,8 +76,8 @@ class Table:
 
 
 def tables(rows: Iterable[Row]) -> list[Table]:
-    """One table for each network, protocol, effort and data among ``rows``, in their order."""
-    rows = list(rows)
+    """One table for each network, protocol, effort and data among ``rows``, in their order; of equal cells the last."""
+    rows = list({(row["cell"], row.get("recipe"), row.get("data_digest")): row for row in rows}.values())
     exact = {(row["model"], row["data"]): row for row in rows if row["method"] == "float" and row["status"] == "done"}
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
