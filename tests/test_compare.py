@@ -200,6 +200,20 @@ def test_what_another_cell_made_counts_as_spent(whole):
 # --- again ------------------------------------------------------------------------------------------------------
 
 
+def test_progress_says_which_cell_and_how_many_are_done(images, tmp_path):
+    seen = []
+
+    class Reporter:
+        def progress(self, label, done, count):
+            seen.append((label, done, count))
+
+    compare(grid_of(images, methods=("zeroq",), bits=("w4a4",)), tmp_path, engine=HERE, reporter=Reporter())
+    cell = "cnn/zeroq/w4a4/minmax-ptq/seed0"
+    assert seen[0] == ("1 of 4 cells, cnn/float done", 1, 1)
+    assert (f"2 of 4 cells, {cell} synthesize", 3, 3) in seen
+    assert seen[-1] == ("4 of 4 cells, cnn/zeroq@real/w4a4/minmax-ptq/seed0 done", 1, 1)
+
+
 def test_finished_cells_are_never_repeated_and_their_rows_alone_are_enough(whole, images, tmp_path, monkeypatch):
     (tmp_path / FILE).write_bytes((whole.folder / FILE).read_bytes())
     monkeypatch.setattr(zsq.compare, "quantize", refuse)

@@ -236,6 +236,7 @@ def compare(
             write_rows(folder / FILE, found.rows.values(), order)
             if telling:
                 telling.done += 1
+                telling.progress(f"{row['cell']} {row['status']}", 1, 1)
     return found
 
 
