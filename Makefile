@@ -40,6 +40,6 @@ clean:
 
 # torchvision and timm without their requirements: theirs on torch would replace it.
 .venv/test.stamp: .venv/demo.stamp
-	$(PIP) --editable '.[digits,onnx,ort,openvino,pt2e,ray,docs,dev]' huggingface_hub pyyaml
+	$(PIP) --editable '.[digits,onnx,ort,openvino,pt2e,ray,report,docs,dev]' huggingface_hub pyyaml
 	$(PIP) --no-deps torchvision timm
 	touch $@

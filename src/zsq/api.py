@@ -99,6 +99,21 @@ class Result:
         planned.write(out, force)
         return planned
 
+    def report(self, out: str | Path | None = None, model: str | nn.Module | Network | None = None) -> Path:
+        """Write one HTML page about the run, ``report.html`` in its folder, and return where.
+
+        ``model`` is needed if it was handed in as a module.
+
+        Raises:
+            RunError: if the run was not kept in a folder.
+            ZsqError: as ``zsq.report.write_report`` says.
+        """
+        from zsq.report import write_report
+
+        if self.folder is None:
+            raise RunError("this run was not kept in a folder: call quantize with out=FOLDER to report on it")
+        return write_report(self.folder, out, model)
+
 
 def quantize(
     model: str | nn.Module | Network,

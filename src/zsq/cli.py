@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from zsq.core import Batch, Method, Reporter
     from zsq.evaluate import Accuracy
+    from zsq.layers import Layers
     from zsq.nets.load import Network
     from zsq.runtime.benchmark import Benchmark
     from zsq.runtime.numerics import Distance
@@ -472,6 +473,57 @@ def table(
 
 
 @app.command()
+def layers(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.", show_default=False)],
+    images: Annotated[
+        Literal["own", "held-out"],
+        typer.Option(help="The images that the run made, or others that no method makes."),
+    ] = "held-out",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers of a run hurt, and by how much.
+
+    Of each layer: the signal-to-noise ratio of its output, what is lost where it alone is quantized, and its ranges.
+    """
+    from dataclasses import asdict
+
+    from zsq.layers import layers_of
+
+    _use_threads(threads)
+    found = layers_of(run, images)
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        print("\n".join(_layer_lines(found)))
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|DIR", help="A finished run folder, or one of zsq compare.", show_default=False),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The file; report.html in the folder by default.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about a run or a comparison.
+
+    It holds everything it shows and asks for nothing from anywhere.
+    """
+    from zsq.report import write_report
+
+    _use_threads(threads)
+    path = write_report(folder, out)
+    size = path.stat().st_size
+    if as_json:
+        _print_json({"out": str(path), "bytes": size})
+    else:
+        print(f"wrote {path} ({size:,} bytes)")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.", show_default=False)],
     target: Annotated[str, typer.Option(help="ort-x86, openvino, tensorrt or pt2e-x86.")] = "ort-x86",
@@ -703,6 +755,25 @@ def _numbers_row(each: "Distance") -> list[str]:
     decibels = ["equal" if snr >= 200 else f"{snr:.1f} dB" for snr in (each.snr_simulation, each.snr_float)]
     shares = [f"{share:.2f} %" for share in (each.agrees_simulation, each.agrees_float)]
     return [each.name, *decibels, f"{each.largest:.3g}", *shares, "-" if each.top1 is None else f"{each.top1:.2f} %"]
+
+
+def _layer_lines(found: "Layers") -> list[str]:
+    """The layers in order, and those that hurt most."""
+    rows = [["layer", "kind", "weight", "input", "output SNR", "weight SNR", "alone, KL", "alone, agrees", "clipped"]]
+    for layer in found.layers:
+        bits = ["float" if each is None else f"{each} bits" for each in (layer.weight_bits, layer.input_bits)]
+        noise = ["-" if each is None else f"{each:.1f} dB" for each in (layer.snr, layer.weight_snr)]
+        alone = ["-" if layer.kl is None else f"{layer.kl:.2g}"]
+        shares = ["-" if each is None else f"{each:.2f} %" for each in (layer.agreement, layer.clipped)]
+        rows.append([layer.name, layer.kind, *bits, *noise, *alone, *shares])
+    if found.aligned:
+        note = "The method moved scales between channels: SNR is up to scale and offset, and none is quantized alone."
+    else:
+        total = sum(layer.kl or 0 for layer in found.layers) or 1
+        shares = [f"{layer.name} ({100 * (layer.kl or 0) / total:.0f} %)" for layer in found.worst[:3]]
+        note = f"Hurt most, of the divergence that layers cause alone: {', '.join(shares)}."
+    whole = f"all layers: {found.snr:.1f} dB at the logits, KL {found.kl:.2g}, agrees on {found.agreement:.1f} %"
+    return [*_table(rows), "", f"{whole} of {found.images} {found.source} images", note]
 
 
 def _costs(found: "Benchmark") -> list[str]:
