@@ -16,7 +16,7 @@ import zsq.compare
 from zsq.api import quantize
 from zsq.compare import Comparison, Grid, compare, plan
 from zsq.core import DataError, RecipeError, RunError, UnsupportedModel, ZsqError
-from zsq.engines import InProcess, Lost, OnRay
+from zsq.engines import InProcess, Lost, OnRay, Processes
 from zsq.rows import FILE, read_rows
 from zsq.synthesis import OptimizeImages
 from zsq.table import Table, tables
@@ -200,6 +200,20 @@ def test_what_another_cell_made_counts_as_spent(whole):
 # --- again ------------------------------------------------------------------------------------------------------
 
 
+def test_progress_says_which_cell_and_how_many_are_done(images, tmp_path):
+    seen = []
+
+    class Reporter:
+        def progress(self, label, done, count):
+            seen.append((label, done, count))
+
+    compare(grid_of(images, methods=("zeroq",), bits=("w4a4",)), tmp_path, engine=HERE, reporter=Reporter())
+    cell = "cnn/zeroq/w4a4/minmax-ptq/seed0"
+    assert seen[0] == ("1 of 4 cells, cnn/float done", 1, 1)
+    assert (f"2 of 4 cells, {cell} synthesize", 3, 3) in seen
+    assert seen[-1] == ("4 of 4 cells, cnn/zeroq@real/w4a4/minmax-ptq/seed0 done", 1, 1)
+
+
 def test_finished_cells_are_never_repeated_and_their_rows_alone_are_enough(whole, images, tmp_path, monkeypatch):
     (tmp_path / FILE).write_bytes((whole.folder / FILE).read_bytes())
     monkeypatch.setattr(zsq.compare, "quantize", refuse)
@@ -260,26 +274,23 @@ def test_two_at_once_in_one_folder_are_refused(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("engine", "counts"), [(HERE, (3, 9)), (OnRay(workers=2, threads=1), (2,))], ids=["here", "ray"]
+    "engine", [Processes(workers=2, threads=1), OnRay(workers=2, threads=1)], ids=["processes", "ray"]
 )
-def test_killed_without_warning_it_goes_on_where_it_was(whole, images, tmp_path, engine, counts):
+def test_killed_without_warning_it_goes_on_where_it_was(whole, images, tmp_path, engine):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zsq.compare", "torch._dynamo"])
-    file, kept = tmp_path / FILE, list[bytes]()
-    for count in counts:
-        process = context.Process(target=compare, args=(grid_of(images), tmp_path), kwargs={"engine": engine})
-        process.start()
-        while process.is_alive() and (not file.exists() or len(file.read_bytes().splitlines()) < count):
-            time.sleep(0.01)
-        process.kill()
-        process.join()
-        assert process.exitcode == -9
-        lines = file.read_bytes().splitlines()
-        assert set(kept) <= set(lines)  # what was finished stays to the byte, its seconds too
-        kept = lines
-        assert count <= len(kept) < len(whole.cells)
+    process = context.Process(target=compare, args=(grid_of(images), tmp_path), kwargs={"engine": engine})
+    process.start()
+    file = tmp_path / FILE
+    while process.is_alive() and (not file.exists() or len(file.read_bytes().splitlines()) < 4):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+    kept = file.read_bytes().splitlines()
+    assert 4 <= len(kept) < len(whole.cells)
     found = compare(grid_of(images), tmp_path, engine=HERE)
-    assert set(kept) <= set(file.read_bytes().splitlines())
+    assert set(kept) <= set(file.read_bytes().splitlines())  # what was finished stays to the byte, its seconds too
     assert measured(found) == measured(whole)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zsq.core import MissingExtra, RecipeError
+from zsq.core import MissingExtra, RecipeError, RunError
 from zsq.engines import ATTEMPTS, InProcess, Lost, OnRay, Processes, Queue
 
 
@@ -86,6 +86,22 @@ def test_kin_wait_for_each_other_if_there_is_other_work(tmp_path):
 def test_no_workers_are_refused():
     with pytest.raises(RecipeError, match="workers must be at least 1, got 0"):
         Processes(workers=0)
+
+
+def test_a_cluster_that_is_not_there_or_too_small_is_told(monkeypatch):
+    import ray
+
+    def unreachable(**_):
+        raise ConnectionError("nobody answers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "init", unreachable)
+        with pytest.raises(RunError, match=r"no Ray cluster at here:1 \(nobody answers\)"):
+            list(OnRay(address="here:1").results([], None))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(RunError, match="has 2 cores, and a worker asks for 4: give fewer threads"):
+        list(OnRay(threads=4).results([], None))
 
 
 ORPHAN = """

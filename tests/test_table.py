@@ -34,6 +34,8 @@ def row(method: str, bits: str, top1: float, seed: int = 0, **more: Any) -> dict
         },
         "seconds": {"synthesize": 6.0 * (seed + 1), "calibrate": 4.0 * (seed + 1), "estimate": 50.0, "evaluate": 99.0},
         "peak_memory_mb": 1000 + 100 * seed,
+        "machine": {"processor": "Abacus", "cores": 2, "threads": 1},
+        "command": "zsq compare zoo:net",
     }
     return {**facts, **more}
 
@@ -72,12 +74,20 @@ Top-1 in percent, behind it the drop in points; ± is the standard deviation ove
 
 No control on real images for `squant:a8` (makes no images).
 
-Failed: `zeroq` W8A8, seed 0: the loss is not finite at step 3."""
+Failed: `zeroq` W8A8, seed 0: the loss is not finite at step 3.
+
+By `zsq compare zoo:net --out DIR` on Abacus, 1 thread."""
 
 
 def test_a_table_as_text():
     # zeroq: the mean of 79, 80, 81 is 80, their standard deviation sqrt((1 + 0 + 1) / 2) = 1; 10, 20, 30 seconds
     assert markdown(tables(ROWS)) == TEXT
+
+
+def test_a_cell_that_two_files_have_counts_once():
+    assert markdown(tables([*ROWS, *ROWS])) == TEXT
+    other = [{**each, "recipe": "another"} for each in ROWS]
+    assert "n = 6" in markdown(tables([*ROWS, *other]))
 
 
 def test_conditions_that_differ_never_share_a_table():

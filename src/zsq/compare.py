@@ -236,6 +236,7 @@ def compare(
             write_rows(folder / FILE, found.rows.values(), order)
             if telling:
                 telling.done += 1
+                telling.progress(f"{row['cell']} {row['status']}", 1, 1)
     return found
 
 
@@ -328,6 +329,7 @@ class _Calibration:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._read: dict[tuple[int, int, int], tuple[Images, str]] = {}
+        self._drawn: dict[tuple[str, int, int], RealImages] = {}
 
     def draw(self, network: Network, recipe: Method, seed: int, data: str) -> RealImages | str:
         """As many real images as ``recipe`` makes, or why there is no such control; ``data`` is what is measured on."""
@@ -348,15 +350,18 @@ class _Calibration:
         samples = int(getattr(synthesizer, "samples", 0))
         if len(images) < samples:
             raise RecipeError(f"{name} has {len(images)} images, and {recipe.name} makes {samples}: give more")
-        drawn = torch.randperm(len(images), generator=Run(seed=seed, device="cpu").fresh("real"))[:samples]
-        return RealImages(
-            data=Path(name).name,
-            digest=digest,
-            samples=samples,
-            images=Images(images.pixels[drawn], images.labels[drawn], images.classes),
-            mean=network.mean,
-            std=network.std,
-        )
+        key = network.name, samples, seed
+        if key not in self._drawn:
+            drawn = torch.randperm(len(images), generator=Run(seed=seed, device="cpu").fresh("real"))[:samples]
+            self._drawn[key] = RealImages(
+                data=Path(name).name,
+                digest=digest,
+                samples=samples,
+                images=Images(images.pixels[drawn], images.labels[drawn], images.classes),
+                mean=network.mean,
+                std=network.std,
+            )
+        return self._drawn[key]
 
 
 def _cells(grid: Grid, model: str, network: Network, data: str, real: _Calibration) -> Iterator[Cell]:

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess, parent_process
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from zsq.allocator import keep_freed_memory
-from zsq.core import MissingExtra, RecipeError, Reporter
+from zsq.core import MissingExtra, RecipeError, Reporter, RunError
 
 __all__ = ["ATTEMPTS", "Engine", "InProcess", "Lost", "OnRay", "Processes", "Task"]
 
@@ -193,6 +193,11 @@ class OnRay:
         queue = Queue(tasks)
         running: dict[Any, int] = {}
         with self._connected(ray, threads):
+            cores = int(ray.cluster_resources().get("CPU", 0))
+            if cores < threads:
+                raise RunError(
+                    f"the Ray cluster has {cores} cores, and a worker asks for {threads}: give fewer threads"
+                )
             try:
                 while queue:
                     while (index := queue.next(self.workers)) is not None:
@@ -220,7 +225,10 @@ class OnRay:
             return
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         if self.address is not None:
-            ray.init(address=self.address, **{**quiet, "include_dashboard": None})
+            try:
+                ray.init(address=self.address, **{**quiet, "include_dashboard": None})
+            except (ConnectionError, ValueError) as error:
+                raise RunError(f"no Ray cluster at {self.address} ({error}): start one, or leave it to zsq") from error
         else:
             with _environment(_LOCAL | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
                 ray.init(address="local", num_cpus=self.workers * threads, _node_ip_address="127.0.0.1", **quiet)

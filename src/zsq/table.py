@@ -76,8 +76,8 @@ class Table:
 
 
 def tables(rows: Iterable[Row]) -> list[Table]:
-    """One table for each network, protocol, effort and data among ``rows``, in their order."""
-    rows = list(rows)
+    """One table for each network, protocol, effort and data among ``rows``, in their order; of equal cells the last."""
+    rows = list({(row["cell"], row.get("recipe"), row.get("data_digest")): row for row in rows}.values())
     exact = {(row["model"], row["data"]): row for row in rows if row["method"] == "float" and row["status"] == "done"}
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -176,7 +176,7 @@ def _table(key: tuple[str, ...], rows: list[Row], exact: Row | None) -> Table:
         images=accuracy["images"],
         bits=tuple(sorted({str(row["bits"]) for row in rows}, key=_widths, reverse=True)),
         lines=tuple(lines),
-        notes=(*_no_real(rows), *_failures(rows)),
+        notes=(*_no_real(rows), *_failures(rows), *_made(rows)),
     )
 
 
@@ -226,6 +226,16 @@ def _no_real(rows: list[Row]) -> list[str]:
 def _failures(rows: list[Row]) -> list[str]:
     failed = [row for row in rows if row["status"] == "failed"]
     return [f"Failed: `{_name(row)}` {row['bits']}, seed {row['seed']}: {row['reason']}." for row in failed]
+
+
+def _made(rows: list[Row]) -> list[str]:
+    """Each command that made rows, and where."""
+    found: dict[str, None] = {}
+    for row in rows:
+        machine = row["machine"]
+        threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+        found[f"By `{row['command']} --out DIR` on {machine['processor']}, {threads}."] = None
+    return list(found)
 
 
 def _markdown(table: Table) -> str:
