@@ -72,6 +72,13 @@ AROUND = {
         "zsq.runtime.adapters.nncf_dataset",
         "zsq.runtime.adapters.batches",
     ),
+    "Layers and reports": (
+        "zsq.layers.layers_of",
+        "zsq.layers.Layers",
+        "zsq.layers.Layer",
+        "zsq.layers.Histogram",
+        "zsq.report.write_report",
+    ),
     "Memory": ("zsq.allocator.keep_freed_memory",),
 }
 """What stands beside ``import zsq``, by heading."""

@@ -108,6 +108,7 @@ def shown(chromium: Any) -> Callable[..., Wait]:
 
     def show(path: Path, width: int = 1200, scheme: str = "light") -> Wait:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
+        features += [{"name": "prefers-reduced-motion", "value": "reduce"}]  # or a click may miss what still moves
         chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
         chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
