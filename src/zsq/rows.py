@@ -8,12 +8,15 @@ from typing import Any
 from zsq.core.errors import RunError
 from zsq.core.run import save_atomically
 
-__all__ = ["FILE", "Row", "read_rows", "write_rows"]
+__all__ = ["FILE", "Row", "read_rows", "seconds_of_making", "write_rows"]
 
 FILE = "cells.jsonl"
 """The rows of a comparison, in its folder."""
 
 Row = Mapping[str, Any]
+
+_JUDGING = ("estimate", "evaluate")
+"""Stages that look at a student that is finished."""
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -54,3 +57,13 @@ def write_rows(path: Path, rows: Iterable[Row], order: Sequence[str] = ()) -> No
     place = {cell: index for index, cell in enumerate(order)}
     lines = [json.dumps(row) for row in sorted(rows, key=lambda row: place.get(row["cell"], -1))]
     save_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def seconds_of_making(row: Row) -> float | None:
+    """What it took to make the student of ``row``, without what judges it; None where nothing was made.
+
+    >>> seconds_of_making({"seconds": {"synthesize": 2.0, "calibrate": 1.0, "evaluate": 30.0}})
+    3.0
+    """
+    stages = row.get("seconds")
+    return sum(seconds for stage, seconds in stages.items() if stage not in _JUDGING) if stages else None

@@ -10,12 +10,10 @@ from typing import Any
 
 from zsq.core.errors import RecipeError, RunError
 from zsq.literature import published
-from zsq.rows import Row, read_rows
+from zsq.rows import Row, read_rows, seconds_of_making
 
 __all__ = ["Entry", "Line", "Table", "facts", "markdown", "select", "tables", "updated"]
 
-APART = ("estimate", "evaluate")
-"""Stages that measure a student and do not make it."""
 REAL = ", real images"
 """What marks the control that is fed with real images."""
 MARK = re.compile(
@@ -193,7 +191,7 @@ def _line(name: str, rows: list[Row], papers: Mapping[str, Sequence[tuple[float,
     by_bits: dict[str, list[Row]] = {}
     for row in rows:
         by_bits.setdefault(str(row["bits"]), []).append(row)
-    spent = [sum(seconds for stage, seconds in row["seconds"].items() if stage not in APART) for row in rows]
+    spent = [seconds for row in rows if (seconds := seconds_of_making(row)) is not None]
     memory = [row["peak_memory_mb"] for row in rows if row.get("peak_memory_mb") is not None]
     return Line(
         name=name,

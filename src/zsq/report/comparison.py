@@ -5,7 +5,7 @@ from typing import Any
 
 from zsq.core import RunError
 from zsq.report import charts
-from zsq.rows import read_rows
+from zsq.rows import read_rows, seconds_of_making
 
 __all__ = ["comparison"]
 
@@ -40,7 +40,6 @@ def _cell(row: dict[str, Any]) -> dict[str, Any]:
     accuracy, estimate = row.get("accuracy", {}), row.get("estimate")
     measured = accuracy.get("quantized") or accuracy.get("float")
     real = row.get("source", "own") != "own"
-    seconds = row.get("seconds")
     return {
         "name": row["cell"],
         "model": row.get("model", row["cell"].partition("/")[0]).rpartition(":")[2],
@@ -52,7 +51,7 @@ def _cell(row: dict[str, Any]) -> dict[str, Any]:
         "drop": accuracy.get("drop"),
         "estimate": estimate,
         "bytes": row["bytes"]["packed"] if "bytes" in row else None,
-        "seconds": sum(seconds.values()) if seconds else None,
+        "seconds": seconds_of_making(row),
         "reason": row.get("reason") if row.get("status") == "failed" else None,
         "float": row.get("method") == "float",
     }
