@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from zsq.estimate import RANGE, image_sources
+from zsq.estimate import RANGE
 
 COUNTED = "weighted_agreement"
 
@@ -68,7 +68,7 @@ def main() -> None:
     print(f"\nthe interval holds the drop in {held.sum()} of {mild.sum()} cells below {RANGE:.0f} points")
     print(f"said to be above {RANGE:.0f}: {said.sum()} cells, of which {(said & mild).sum()} are below")
     print(f"below, of those that are above: {(~said & ~mild).sum()}\n")
-    for name in image_sources(frozenset()):
+    for name in cells[0]["estimate"]["sources"]:
         other = np.array([100 - cell["estimate"]["sources"][name][COUNTED] for cell in cells])
         fitted = best_constant(other[mild], drop[mild])
         print(line(f"{name}, points={fitted:.2f}", fitted * other, drop))

@@ -214,6 +214,7 @@ def check_python(words: list[str], whole: bool) -> None:
 def run_python(words: list[str], patch: pytest.MonkeyPatch) -> None:
     if words[0] == "-m":
         patch.setattr(sys, "argv", words[1:])
+        patch.delitem(sys.modules, words[1], raising=False)  # another test may have imported it
         runpy.run_module(words[1], run_name="__main__")
         return
     script = ROOT / words[0]

@@ -22,7 +22,7 @@ def job_on(network: nn.Module, seed: int = 0) -> Job:
 
 
 def smoke_estimate(job: Job) -> Estimate:
-    return estimate_drop(job, smoke_sources(job.teacher.offers))
+    return estimate_drop(job, smoke_sources(job))
 
 
 def logits_of(*shares: list[float]) -> torch.Tensor:
@@ -100,6 +100,15 @@ def test_there_are_two_sources_for_any_network(network):
     assert all(each.images == 8 for each in found.sources.values())
 
 
+def test_a_network_that_passes_no_gradient_is_shown_dead_leaves_alone():
+    class Bessel(nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    job = job_on(nn.Sequential(nn.Conv2d(3, 4, 3), Bessel(), nn.Flatten(), nn.Linear(144, 5)).eval())
+    assert list(smoke_estimate(job).sources) == ["dead leaves"]
+
+
 def test_a_network_of_one_logit_has_no_estimate():
     network = tiny.with_one_logit(tiny.cnn())
     with pytest.raises(UnsupportedModel, match="1 logit"):
@@ -170,7 +179,7 @@ def test_images_of_a_source_lie_at_all_distances_from_a_decision():
     network = load_network("zoo:digits-resnet")
     student = capture(network.module, torch.zeros(2, *network.input_shape))
     job = Job(Teacher(network.module), student, Bits(), Run(device="cpu"), network.input_shape, pixel_box(network))
-    made = Source(image_sources(job.teacher.offers)["class images"].synthesizer, job).take(None)
+    made = Source(image_sources(job)["class images"].synthesizer, job).take(None)
     with torch.no_grad():
         found = margins(job.teacher.module(made.images), made.labels)
     assert_close(found.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([3.0, 6.0, 9.0]), atol=3.0, rtol=0)

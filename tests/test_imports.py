@@ -26,7 +26,7 @@ ALLOWED = {
     "estimate": "core losses synthesis",
     "api": "core estimate report nets quant export methods evaluate store version zoo",
     "runtime": "core nets export evaluate api runtime",
-    "layers": "core estimate nets quant api runtime",
+    "layers": "core estimate nets synthesis quant api runtime",
     "rows": "core",
     "report": "core nets losses api estimate layers report rows version zoo",
     "engines": "allocator core",

@@ -188,6 +188,7 @@ def quantize(
     _lay_out(torch.contiguous_format, teacher.module, student)  # what is measured is what a file gives back
     made = source.take(None if finite else SHOWN) if reads_images(recipe) else None
     saved = save_student(student, {"teacher": digest, "method": recipe.name, "bits": str(bits)})
+    run.write("student.safetensors", saved)
     metrics: dict[str, Any] = {
         "model": _origin(model, network),
         "method": recipe.name,
@@ -210,7 +211,7 @@ def quantize(
         "peak_memory_mb": _peak_memory_mb(),  # before anything is measured
     }
     if estimate and job.classes > 1:
-        sources = (smoke_sources if effort == "smoke" else image_sources)(teacher.offers)
+        sources = (smoke_sources if effort == "smoke" else image_sources)(job)
         with run.timed("estimate"):
             metrics["estimate"] = asdict(estimate_drop(job, sources, place(sources)))
     if images is not None:
@@ -218,7 +219,6 @@ def quantize(
             metrics["accuracy"] = _accuracies(network, teacher, student, images, run)
     metrics["seconds"] = {stage: round(seconds, 2) for stage, seconds in run.seconds.items()}
     metrics["versions"] = {"zsq": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    run.write("student.safetensors", saved)
     if made is not None and run.folder is not None:
         _write_images(run, made, network)
     run.write("metrics.json", json.dumps(metrics, indent=1).encode())

@@ -48,12 +48,16 @@ class Images:
     """Points of accuracy for a point of weighted disagreement, as fitted on the networks of ``docs/estimate.md``."""
 
 
-def image_sources(offers: frozenset[str]) -> dict[str, Images]:
-    """The sources for a teacher that ``offers`` this, the one that decides first; no method makes their images.
+def image_sources(job: Job) -> dict[str, Images]:
+    """The sources for the teacher of ``job``, the one that decides first; no method makes their images.
 
     Images of classes are near to a decision or far from it, as photographs are; where BatchNorm has statistics, these
-    pull them nearer to photographs before. Dead leaves are as they fall.
+    pull them nearer to photographs before. Dead leaves are as they fall, and all there is for a network that passes no
+    gradient back.
     """
+    fallen = {"dead leaves": Images(Noise(pixels=DeadLeaves(), samples=256), points=0.21)}
+    if not _passes_gradients(job):
+        return fallen
     leaves = Noise(pixels=DeadLeaves(), samples=192)
     familiar = OptimizeImages(
         loss=BNStatistics(over="batch", channels="mean", layers="mean"),
@@ -65,16 +69,20 @@ def image_sources(offers: frozenset[str]) -> dict[str, Images]:
         schedule=None,
         clamp=True,
     )
-    bn = "bn" in offers
-    return {
-        "class images": Images(ReachMargins(start=familiar if bn else leaves), points=0.36 if bn else 0.43),
-        "dead leaves": Images(Noise(pixels=DeadLeaves(), samples=256), points=0.21),
-    }
+    bn = "bn" in job.teacher.offers
+    images = Images(ReachMargins(start=familiar if bn else leaves), points=0.36 if bn else 0.43)
+    return {"class images": images, **fallen}
 
 
-def smoke_sources(offers: frozenset[str]) -> dict[str, Images]:
+def smoke_sources(job: Job) -> dict[str, Images]:
     """The least that still runs each line: for tests."""
-    return {name: replace(each, synthesizer=smoke(each.synthesizer)) for name, each in image_sources(offers).items()}
+    return {name: replace(each, synthesizer=smoke(each.synthesizer)) for name, each in image_sources(job).items()}
+
+
+def _passes_gradients(job: Job) -> bool:
+    """Whether logits depend on pixels as far as torch knows: some functions have no derivative."""
+    pixels = torch.zeros(1, *job.input_shape, device=job.run.device, requires_grad=True)
+    return job.teacher.view(pixels).logits.requires_grad
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def estimate_drop(job: Job, sources: Mapping[str, Images] | None = None, shared:
     run = Run(seed=job.run.seed, device=str(job.run.device))  # draws and keeps nothing in the run of the student
     apart = Job(job.teacher, job.student, job.bits, run, job.input_shape, job.pixel_box)
     found, ends = {}, []
-    sources = image_sources(job.teacher.offers) if sources is None else sources
+    sources = image_sources(job) if sources is None else sources
     for name, images in sources.items():
         source = Source(images.synthesizer, apart, f"estimate/{name}")
         with run.sharing(shared):

@@ -27,6 +27,7 @@ from zsq.quant.quantizers import (
     weight_quantizers,
 )
 from zsq.runtime.adapters import images_of
+from zsq.synthesis import ReachMargins
 
 __all__ = ["Histogram", "Layer", "Layers", "Sums", "held_out", "inspect_layers", "layers_of"]
 
@@ -119,8 +120,9 @@ def held_out(network: Network, student: fx.GraphModule, seed: int = 0) -> Tensor
     """Images (N, C, H, W) for ``network`` that no method makes: those by which the loss is estimated."""
     teacher = Teacher(network.module)
     job = Job(teacher, student, Bits(), Run(seed=seed, device="cpu"), network.input_shape, pixel_box(network))
-    source = image_sources(teacher.offers)["class images"].synthesizer.override({"start.samples": IMAGES})
-    return Source(source, job, "layers").take(None).images
+    first = next(iter(image_sources(job).values())).synthesizer
+    path = "start.samples" if isinstance(first, ReachMargins) else "samples"
+    return Source(first.override({path: IMAGES}), job, "layers").take(None).images
 
 
 @torch.no_grad()
