@@ -386,3 +386,22 @@ def test_a_precision_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(RunError, match="precision is float32 or bfloat16, got 'float16'"):
         here(tmp_path / "run", precision="float16")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more"])
+def test_a_damaged_piece_is_told_in_a_sentence(tmp_path, content):
+    Run(tmp_path, device="cpu").cached("images/0", lambda: torch.ones(2))
+    piece = tmp_path / "pieces" / "images" / "0.pt"
+    piece.write_bytes(content)
+    with pytest.raises(RunError, match=r"0\.pt is no finished piece of a run: remove it, and it is made again"):
+        Run(tmp_path, device="cpu").cached("images/0", lambda: torch.ones(2))
+    piece.unlink()
+    assert torch.equal(Run(tmp_path, device="cpu").cached("images/0", lambda: torch.ones(2)), torch.ones(2))
+
+
+def test_a_piece_that_was_kept_another_way_is_no_piece(tmp_path):
+    piece = tmp_path / "pieces" / "images" / "0.pt"
+    piece.parent.mkdir(parents=True)
+    torch.save({"images": torch.ones(2)}, piece)
+    with pytest.raises(RunError, match="is no finished piece"):
+        Run(tmp_path, device="cpu").cached("images/0", lambda: torch.ones(2))

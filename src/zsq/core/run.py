@@ -222,7 +222,7 @@ class Run:
         """The value of one piece, and the seconds that it took."""
         path = self._kept(key)
         if path and path.exists():
-            kept: dict[str, Any] = torch.load(path, weights_only=True, map_location=self.device)
+            kept = _read_piece(path, self.device)
             self._spared += kept["seconds"]
             return kept
         self._scope.append(key)
@@ -398,6 +398,14 @@ def _resumed(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, floa
         return state["tracked"], state["done"], state.get("spent", {})
     except Exception as error:  # a strange pickle can raise anything
         raise RunError(f"{path} is no checkpoint of a run: choose another folder, or remove it") from error
+
+
+def _read_piece(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        kept = torch.load(path, weights_only=True, map_location=device)
+        return {"value": kept["value"], "seconds": float(kept["seconds"])}
+    except Exception as error:  # a strange pickle can raise anything
+        raise RunError(f"{path} is no finished piece of a run: remove it, and it is made again") from error
 
 
 @contextlib.contextmanager
