@@ -4,7 +4,8 @@ Follows the released code: patches are compared by what they read in each attent
 always drops the first token, which in a Swin window is a patch; here only tokens that are no patches are dropped
 (preset ``released`` drops the first everywhere). Its target of the total variation holds for 32 images of 224 pixels
 and is scaled for others, as are its shifts of 15 and 30 pixels. Pixels are clamped by the network's own mean and
-standard deviation. The preset ``swin`` has the learning rate of Swin.
+standard deviation. The quantizer of the images holds all that pixels can be, not only what was seen
+(``protocol.pixels``). The preset ``swin`` has the learning rate of Swin.
 """
 
 from zsq.core import Method, Paper
