@@ -44,8 +44,7 @@ def main() -> None:
             name += f"-{metrics['precision']}"
         if metrics["protocol"] != protocol_of(find_method(metrics["method"])).name:
             name += f"-{metrics['protocol']}"
-        if metrics["overrides"]:
-            name += "-changed"
+        name += "".join(f"-{'-'.join(path.split('.')[-2:])}-{value}" for path, value in metrics["overrides"].items())
         print(row(metrics))
         (RESULTS / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n")
 

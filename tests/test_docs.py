@@ -36,7 +36,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from zsq.api import resolve
-from zsq.cli import _overrides, app, main
+from zsq.cli import app, main
+from zsq.cli.options import read_overrides
 from zsq.core import Bits, Method, ZsqError, show
 from zsq.methods import BASELINES, METHODS
 
@@ -172,7 +173,7 @@ def check_zsq(words: list[str], whole: bool) -> None:
         assert "Missing" in said or "requires an argument" in said, said
         return
     names = given.get("method") or given.get("methods") or ""
-    overrides = _overrides(given.get("settings"))
+    overrides = read_overrides(given.get("settings"))
     for name, protocol in product(names.split(","), (given.get("protocol") or "").split(",")):
         if name:
             name, _, preset = name.partition(":")

@@ -33,7 +33,7 @@ ALLOWED = {
     "compare": "core nets synthesis quant methods evaluate api engines rows",
     "literature": "core api",
     "table": "core literature rows",
-    "cli": "allocator core estimate layers nets methods evaluate api runtime compare engines report rows table "
+    "cli": "allocator cli core estimate layers nets methods evaluate api runtime compare engines report rows table "
     "torchrun zoo version",
     "__main__": "cli",
     "__init__": "api core evaluate methods nets version",
@@ -83,7 +83,7 @@ def test_only_evaluate_opens_a_dataset():
     datasets = {"sklearn", "zipfile", "datasets", "torchvision.datasets"}
     assert [where(path) for path in FILES if imported(path) & datasets or "sklearn" in outside(path)] == ["evaluate.py"]
     readers = {where(path) for path in FILES if "zsq.evaluate" in imported(path)}
-    assert readers == {"__init__.py", "api.py", "cli.py", "compare.py", "runtime/verify.py", "zoo/train.py"}
+    assert readers == {"__init__.py", "api.py", "cli/runs.py", "compare.py", "runtime/verify.py", "zoo/train.py"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if where(path) != "core/run.py"], ids=where)

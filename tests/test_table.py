@@ -72,9 +72,9 @@ TEXT = """\
 
 Top-1 in percent, behind it the drop in points; ± is the standard deviation over n seeds.
 
-No control on real images for `squant:a8` (makes no images).
-
 Failed: `zeroq` W8A8, seed 0: the loss is not finite at step 3.
+
+No control on real images for `squant:a8` (makes no images).
 
 By `zsq compare zoo:net --out DIR` on Abacus, 1 thread."""
 
@@ -82,6 +82,17 @@ By `zsq compare zoo:net --out DIR` on Abacus, 1 thread."""
 def test_a_table_as_text():
     # zeroq: the mean of 79, 80, 81 is 80, their standard deviation sqrt((1 + 0 + 1) / 2) = 1; 10, 20, 30 seconds
     assert markdown(tables(ROWS)) == TEXT
+
+
+def test_a_brief_table_still_says_what_failed():
+    shown = markdown(tables(ROWS), brief=True)
+    grid = [line for line in TEXT.splitlines() if line.startswith("|")]
+    assert [line for line in shown.splitlines() if line.startswith("|")] == [
+        "|".join(line.split("|")[:-3]) + "|" for line in grid
+    ]
+    assert "Failed: `zeroq` W8A8" in shown
+    assert "By `zsq" not in shown
+    assert "No control" not in shown
 
 
 def test_a_cell_that_two_files_have_counts_once():
@@ -160,6 +171,12 @@ def test_what_stands_between_the_marks_is_made_anew(tmp_path):
     assert "\n\n<!-- end -->\n\nText between, <!-- a comment -->.\n\n```" in text
     page.write_text(text)
     assert updated(page) == text
+
+
+def test_a_mark_may_ask_for_a_brief_table(tmp_path):
+    write_rows(tmp_path / "all.jsonl", ROWS)
+    (tmp_path / "page.md").write_text("<!-- zsq table all.jsonl --brief -->\n<!-- end -->\n")
+    assert f"\n\n{markdown(tables(ROWS), brief=True)}\n\n" in updated(tmp_path / "page.md")
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,10 @@ class Table:
     """That were measured on."""
     bits: tuple[str, ...]
     lines: tuple[Line, ...]
+    missing: tuple[str, ...]
+    """Which cells failed, and why."""
     notes: tuple[str, ...]
+    """Which methods have no control, and by which commands the rows were made."""
 
     @property
     def title(self) -> str:
@@ -85,9 +88,9 @@ def tables(rows: Iterable[Row]) -> list[Table]:
     return [_table(key, group, exact.get((key[0], key[3]))) for key, group in groups.items()]
 
 
-def markdown(found: Sequence[Table]) -> str:
-    """The tables as Markdown; empty if there are none."""
-    return "\n\n".join(_markdown(table) for table in found)
+def markdown(found: Sequence[Table], *, brief: bool = False) -> str:
+    """The tables as Markdown, or accuracies alone if ``brief``; empty if there are none."""
+    return "\n\n".join(_markdown(table, brief) for table in found)
 
 
 def select(rows: Iterable[Row], only: Sequence[str]) -> list[Row]:
@@ -110,8 +113,8 @@ def select(rows: Iterable[Row], only: Sequence[str]) -> list[Row]:
 def updated(path: Path) -> str:
     """The text of a Markdown file with its generated tables made anew.
 
-    What stands between ``<!-- zsq table FILE... [--only KEY=VALUE] -->`` and ``<!-- end -->`` is generated. A FILE is
-    looked for in the folder of the Markdown file and in those above it.
+    What stands between ``<!-- zsq table FILE... [--only KEY=VALUE] [--brief] -->`` and ``<!-- end -->`` is generated. A
+    FILE is looked for in the folder of the Markdown file and in those above it.
 
     Raises:
         RunError: if the file, or one that it names, cannot be read.
@@ -125,8 +128,8 @@ def updated(path: Path) -> str:
     def made(match: re.Match[str]) -> str:
         if match["words"] is None:
             return match[0]
-        rows, only = _read(match["words"], path)
-        shown = markdown(tables(select(rows, only)))
+        rows, only, brief = _read(match["words"], path)
+        shown = markdown(tables(select(rows, only)), brief=brief)
         if not shown:
             raise RecipeError(f"{path}: no rows for <!-- zsq table {match['words']} -->")
         return f"{match['begin']}\n{shown}\n\n{match['end']}"
@@ -134,22 +137,26 @@ def updated(path: Path) -> str:
     return MARK.sub(made, text)
 
 
-def _read(words: str, path: Path) -> tuple[list[Row], list[str]]:
-    """The rows and the rules of a marker in the Markdown file ``path``."""
+def _read(words: str, path: Path) -> tuple[list[Row], list[str], bool]:
+    """The rows and the rules of a marker in the Markdown file ``path``, and whether it is to be brief."""
     rows: list[Row] = []
     only = []
+    brief = False
     left = shlex.split(words)
     while left:
         word = left.pop(0)
         if word == "--only" and left:
             only.append(left.pop(0))
             continue
+        if word == "--brief":
+            brief = True
+            continue
         places = [folder / word for folder in path.resolve().parents]
         place = next((place for place in places if place.exists()), None)
         if place is None:
             raise RunError(f"{path} names {word}, which is neither in its folder nor in one above it")
         rows += read_rows(place)
-    return rows, only
+    return rows, only, brief
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
@@ -174,7 +181,8 @@ def _table(key: tuple[str, ...], rows: list[Row], exact: Row | None) -> Table:
         images=accuracy["images"],
         bits=tuple(sorted({str(row["bits"]) for row in rows}, key=_widths, reverse=True)),
         lines=tuple(lines),
-        notes=(*_no_real(rows), *_failures(rows), *_made(rows)),
+        missing=tuple(_failures(rows)),
+        notes=(*_no_real(rows), *_made(rows)),
     )
 
 
@@ -236,7 +244,7 @@ def _made(rows: list[Row]) -> list[str]:
     return list(found)
 
 
-def _markdown(table: Table) -> str:
+def _markdown(table: Table, brief: bool) -> str:
     header = ["method", *table.bits, "seconds", "MB"]
     sources = list(dict.fromkeys(s for line in table.lines for drops in line.published.values() for _, s in drops))
     body = [["float", *([f"{table.float_top1:.2f}"] * len(table.bits)), "", ""]]
@@ -247,14 +255,16 @@ def _markdown(table: Table) -> str:
         if line.published:
             papers = [_paper_cell(line.published.get(bits, ()), sources) for bits in table.bits]
             body.append([f"{_shown(line.name)}, published", *papers, "", ""])
-    grid = ["| " + " | ".join(cells) + " |" for cells in (header, *body)]
-    grid.insert(1, "|---" + "|--:" * (len(header) - 1) + "|")
+    shown = len(header) - 2 if brief else len(header)
+    grid = ["| " + " | ".join(cells[:shown]) + " |" for cells in (header, *body)]
+    grid.insert(1, "|---" + "|--:" * (shown - 1) + "|")
     spread = any(entry.spread is not None for line in table.lines for entry in line.entries.values())
     legend = "Top-1 in percent, behind it the drop in points"
     legend += "; ± is the standard deviation over n seeds." if spread else "."
     named = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
     about = [f"Published drops under this protocol: {named}. Float networks and effort differ."] if sources else []
-    return "\n".join([f"{table.title}:", "", *grid, "", "\n\n".join([legend, *about, *table.notes])])
+    notes = () if brief else table.notes
+    return "\n".join([f"{table.title}:", "", *grid, "", "\n\n".join([legend, *about, *table.missing, *notes])])
 
 
 def _paper_cell(drops: Sequence[tuple[float, str]], sources: list[str]) -> str:
