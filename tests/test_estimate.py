@@ -9,11 +9,11 @@ from torch.testing import assert_close
 
 from zsq.api import load, quantize
 from zsq.core import Bits, Job, Run, Teacher, UnsupportedModel
-from zsq.estimate import Estimate, Images, agreement, estimate_drop, image_sources, in_words, smoke_sources, wilson
+from zsq.estimate import Estimate, ImageSource, agreement, estimate_drop, image_sources, in_words, smoke_sources, wilson
 from zsq.nets.graph import capture
 from zsq.synthesis import DeadLeaves, Noise
 
-LEAVES = {"leaves": Images(Noise(pixels=DeadLeaves(), samples=24), points=0.5)}
+LEAVES = {"leaves": ImageSource(Noise(pixels=DeadLeaves(), samples=24), points=0.5)}
 
 
 def job_on(network: nn.Module, seed: int = 0) -> Job:
@@ -74,7 +74,7 @@ def test_the_first_source_decides_and_the_interval_has_the_outer_ends_of_all():
     job = job_on(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval())
     with torch.no_grad():
         job.student.get_submodule("1").weight.mul_(torch.tensor([[1.0], [1.0], [1.0], [1.0], [0.0]]))
-    both = {"a": LEAVES["leaves"], "b": Images(Noise(samples=40), points=0.2)}
+    both = {"a": LEAVES["leaves"], "b": ImageSource(Noise(samples=40), points=0.2)}
     alone = [estimate_drop(job, {name: each}) for name, each in both.items()]
     found = estimate_drop(job, both)
     assert all(0 < each.agreement < 100 for each in found.sources.values())

@@ -23,7 +23,7 @@ __all__ = [
     "RANGE",
     "Agreement",
     "Estimate",
-    "Images",
+    "ImageSource",
     "agreement",
     "estimate_drop",
     "image_sources",
@@ -40,7 +40,7 @@ _SURE = 1.645
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageSource:
     """A way to make images for an estimate."""
 
     synthesizer: Noise | ReachMargins
@@ -48,14 +48,14 @@ class Images:
     """Points of accuracy for a point of weighted disagreement, as fitted on the networks of ``docs/estimate.md``."""
 
 
-def image_sources(job: Job) -> dict[str, Images]:
+def image_sources(job: Job) -> dict[str, ImageSource]:
     """The sources for the teacher of ``job``, the one that decides first; no method makes their images.
 
     Images of classes are near to a decision or far from it, as photographs are; where BatchNorm has statistics, these
     pull them nearer to photographs before. Dead leaves are as they fall, and all there is for a network that passes no
     gradient back.
     """
-    fallen = {"dead leaves": Images(Noise(pixels=DeadLeaves(), samples=256), points=0.21)}
+    fallen = {"dead leaves": ImageSource(Noise(pixels=DeadLeaves(), samples=256), points=0.21)}
     if not _passes_gradients(job):
         return fallen
     leaves = Noise(pixels=DeadLeaves(), samples=192)
@@ -70,11 +70,11 @@ def image_sources(job: Job) -> dict[str, Images]:
         clamp=True,
     )
     bn = "bn" in job.teacher.offers
-    images = Images(ReachMargins(start=familiar if bn else leaves), points=0.36 if bn else 0.43)
+    images = ImageSource(ReachMargins(start=familiar if bn else leaves), points=0.36 if bn else 0.43)
     return {"class images": images, **fallen}
 
 
-def smoke_sources(job: Job) -> dict[str, Images]:
+def smoke_sources(job: Job) -> dict[str, ImageSource]:
     """The least that still runs each line: for tests."""
     return {name: replace(each, synthesizer=smoke(each.synthesizer)) for name, each in image_sources(job).items()}
 
@@ -112,7 +112,7 @@ class Estimate:
     sources: Mapping[str, Agreement]
 
 
-def estimate_drop(job: Job, sources: Mapping[str, Images] | None = None, shared: Path | None = None) -> Estimate:
+def estimate_drop(job: Job, sources: Mapping[str, ImageSource] | None = None, shared: Path | None = None) -> Estimate:
     """What ``job.student`` lost against ``job.teacher``, from images made for this alone; nothing of the job changes.
 
     The drop is ``points`` times the weighted disagreement on the first source; ``image_sources`` says which there are

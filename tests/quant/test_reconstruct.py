@@ -1,11 +1,14 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from torch import tensor
+from torch.nn.functional import interpolate
 from torch.testing import assert_close
 
-from zsq.core import RecipeError
+from zsq.core import Batch, RecipeError
 from zsq.nets.graph import blocks, extract
 from zsq.quant import PTQ_8BIT_ENDS, AdaRound, Calibrate, InsertFakeQuant, LpError, Nearest, ReconstructBlocks
 from zsq.quant.placement import DEPLOYED
@@ -62,6 +65,24 @@ def test_the_range_of_images_is_not_fitted_to_those_that_are_seen(resnet, job_of
     apply(job, InsertFakeQuant(protocol=DEPLOYED["ort-x86"], rounding=AdaRound()), quick(), synthesizer=dull)
     images = activation_quantizers(job.student)["activation_quantizers.images"]
     assert_close(images.rounded(tensor([-9.0, 9.0])), tensor([-2.5, 2.5]), atol=5 / 255, rtol=0)
+
+
+def test_what_is_left_out_of_an_image_is_not_fitted_to(job_of, apply):
+    network, rng = tiny.vit(), torch.Generator().manual_seed(2)
+    tokens = torch.stack([torch.randperm(16, generator=rng)[:6] + 1 for _ in range(20)])
+    tokens = torch.cat([torch.zeros(20, 1, dtype=torch.int64), tokens], 1)  # the class token stays
+    kept = torch.zeros(20, 17).scatter_(1, tokens, 1)[:, 1:].reshape(20, 1, 4, 4)
+    images = torch.randn(2, 20, 3, 8, 8, generator=rng)
+    images[1] = torch.where(interpolate(kept, scale_factor=2) > 0, images[0], images[1])
+    fitted = {}
+    for name, pixels, seen in (("a", images[0], tokens), ("b", images[1], tokens), ("whole", images[0], None)):
+        job = job_of(network)
+        apply(job, insert(AdaRound()))
+        source = SimpleNamespace(take=lambda samples, pixels=pixels, seen=seen: Batch(pixels, tokens=seen))
+        quick(samples=20, steps=5, batch_size=8).apply(job, source)
+        fitted[name] = job.student.state_dict()
+    assert all(torch.equal(value, fitted["b"][name]) for name, value in fitted["a"].items())
+    assert not all(torch.equal(value, fitted["whole"][name]) for name, value in fitted["a"].items())
 
 
 def test_squared_error_by_hand():

@@ -1,6 +1,7 @@
 """ReconstructBlocks: fit one block of the student after the other to the teacher's."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from zsq.core import Job, Recipe, RecipeError, Source, check_counts, check_positive
+from zsq.core.teacher import only_tokens
 from zsq.nets.graph import blocks, extract
 from zsq.quant.grid import LpError, Range
 from zsq.quant.quantizers import activation_quantizers, float_mode, mix, random_mask, weight_quantizers
@@ -25,7 +27,8 @@ class ReconstructBlocks(Recipe):
 
     For one block: mean over (N, H, W) of sum over C of (student - teacher)^2, plus ``round_weight`` times AdaRound's
     regularizer. The block reads a mix of the teacher's input and of what the finished blocks before it make of it,
-    and its activations stay float with probability ``drop`` (QDrop, Wei et al. 2022).
+    and its activations stay float with probability ``drop`` (QDrop, Wei et al. 2022). Of an image that is to be seen by
+    some of its tokens, the block that makes them hands on those alone.
     """
 
     range: Range = LpError()
@@ -62,17 +65,27 @@ class ReconstructBlocks(Recipe):
     def apply(self, job: Job, source: Source) -> None:
         """Change ``job.student`` in place; every block is a piece of work of its own."""
         graph = job.student
-        exact = quantized = source.take(self.samples).images
+        batch, mark = source.take(self.samples), job.teacher.landmarks.tokens
+        exact = quantized = batch.images
         for index, block in enumerate(blocks(graph)):
             part = extract(graph, block)
+            tokens = batch.tokens if mark in dict(part.named_modules()) else None
+            run = partial(_run, part, mark, tokens)
             with float_mode(part):
-                target = _in_batches(part, exact)
-            fit = partial(self._fit, part, exact, quantized, target, job, block.name)
+                target = _in_batches(run, exact)
+            fit = partial(self._fit, part, run, exact, quantized, target, job, block.name)
             _install(part, job.run.cached(f"reconstruct/{index}", fit))
-            exact, quantized = target, _in_batches(part, quantized)
+            exact, quantized = target, _in_batches(run, quantized)
 
     def _fit(
-        self, part: fx.GraphModule, exact: Tensor, quantized: Tensor, target: Tensor, job: Job, name: str
+        self,
+        part: fx.GraphModule,
+        run: "_Run",
+        exact: Tensor,
+        quantized: Tensor,
+        target: Tensor,
+        job: Job,
+        name: str,
     ) -> dict[str, Any]:
         """Learn one block on inputs ``exact`` and ``quantized`` (N, ...); returns its state."""
         weights = [quantizer for _, quantizer in weight_quantizers(part).values()]
@@ -83,7 +96,8 @@ class ReconstructBlocks(Recipe):
             quantizer.drop, quantizer.rng = self.drop, rng
             quantizer.observe(self.range)
         with torch.no_grad():
-            part(quantized[: self.batch_size])
+            first = slice(self.batch_size)
+            run(quantized[first], first)
         for quantizer in activations:
             quantizer.observe(None)
         fitted = [q for q in activations if q.holds is None]  # what a range must hold, these images may not have
@@ -102,7 +116,7 @@ class ReconstructBlocks(Recipe):
             inputs = exact[chosen]
             if self.drop:
                 inputs = mix(inputs, quantized[chosen], random_mask(inputs, self.drop, rng))
-            loss = _squared_error(part(inputs), target[chosen])
+            loss = _squared_error(run(inputs, chosen), target[chosen])
             beta = annealed(step, self.steps, self.warm_up, self.beta)
             if beta is not None:
                 for each in rounding:
@@ -142,9 +156,21 @@ def _squared_error(found: Tensor, wanted: Tensor) -> Tensor:
     return squares.sum() / math.prod(squares.shape) * channels
 
 
-def _in_batches(part: nn.Module, images: Tensor, size: int = 64) -> Tensor:
+_Run = Callable[[Tensor, Tensor | slice], Tensor]
+"""What a block makes of inputs (n, ...) and their places among all."""
+
+
+def _run(part: nn.Module, mark: str, tokens: Tensor | None, inputs: Tensor, chosen: Tensor | slice) -> Tensor:
+    """The output of ``part``, in which the module ``mark`` hands on ``tokens`` (N, k) alone; None is all."""
+    with only_tokens(part, mark, None if tokens is None else tokens[chosen]):
+        found: Tensor = part(inputs)
+    return found
+
+
+def _in_batches(run: _Run, images: Tensor, size: int = 64) -> Tensor:
+    batches = [slice(first, first + size) for first in range(0, len(images), size)]
     with torch.no_grad():
-        return torch.cat([part(images[first : first + size]) for first in range(0, len(images), size)])
+        return torch.cat([run(images[batch], batch) for batch in batches])
 
 
 def _state(part: nn.Module) -> dict[str, Any]:
