@@ -587,7 +587,7 @@ def test_compare_counts_what_failed(tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise UnsupportedModel("it cannot be")
 
-    monkeypatch.setattr("zsq.compare.quantize", fail)
+    monkeypatch.setattr("zsq.compare.work.quantize", fail)
     assert main([*COMPARE, *LOCAL, "--out", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert said.err.startswith(

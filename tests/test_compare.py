@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-import zsq.compare
+import zsq.compare.work
 from zsq.api import quantize
 from zsq.compare import Comparison, Grid, compare, plan
 from zsq.core import DataError, RecipeError, RunError, UnsupportedModel, ZsqError
@@ -216,7 +216,7 @@ def test_progress_says_which_cell_and_how_many_are_done(images, tmp_path):
 
 def test_finished_cells_are_never_repeated_and_their_rows_alone_are_enough(whole, images, tmp_path, monkeypatch):
     (tmp_path / FILE).write_bytes((whole.folder / FILE).read_bytes())
-    monkeypatch.setattr(zsq.compare, "quantize", refuse)
+    monkeypatch.setattr(zsq.compare.work, "quantize", refuse)
     again = compare(grid_of(images), tmp_path, engine=HERE)
     assert again.due == []
     assert (tmp_path / FILE).read_bytes() == (whole.folder / FILE).read_bytes()
@@ -264,7 +264,7 @@ def test_unfinished_work_of_another_recipe_is_refused(whole, images, tmp_path):
 
 def test_two_at_once_in_one_folder_are_refused(images, tmp_path):
     with (
-        zsq.compare.locked(tmp_path / "lock"),
+        zsq.compare.work.locked(tmp_path / "lock"),
         pytest.raises(RunError, match="another process works in"),
     ):
         compare(grid_of(images), tmp_path, engine=HERE)
@@ -314,12 +314,12 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(whole, images, tmp_path, 
         return quantize(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(zsq.compare, "quantize", failing)
+        patch.setattr(zsq.compare.work, "quantize", failing)
         found = compare(grid, tmp_path, engine=HERE)
     assert [(row["cell"], row["reason"]) for row in found.failed] == [(cell, reason)]
     assert len(found.rows) == 4  # the others are done
     assert (tmp_path / "runs" / f"{cell}.traceback").exists() == isinstance(error, ZeroDivisionError)
-    assert f"Failed: `zeroq` W4A4, seed 0: {reason}." in tables(found.rows.values())[0].notes
+    assert f"Failed: `zeroq` W4A4, seed 0: {reason}." in tables(found.rows.values())[0].missing
     again = compare(grid, tmp_path, engine=HERE)
     assert again.failed == again.due == []
     assert again.rows[cell]["accuracy"] == whole.rows[cell]["accuracy"]
@@ -365,7 +365,7 @@ def test_a_cell_that_takes_its_process_along_is_a_row(images, tmp_path):
     ids=str,
 )
 def test_mistakes_are_told_before_anything_runs(images, tmp_path, monkeypatch, change, error, says):
-    monkeypatch.setattr(zsq.compare, "quantize", refuse)
+    monkeypatch.setattr(zsq.compare.work, "quantize", refuse)
     with pytest.raises(error, match=says):
         compare(grid_of(images, **change), tmp_path / "out", engine=HERE)
     assert not (tmp_path / "out" / FILE).exists()

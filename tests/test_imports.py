@@ -30,7 +30,7 @@ ALLOWED = {
     "rows": "core",
     "report": "core nets losses api estimate layers report rows version zoo",
     "engines": "allocator core",
-    "compare": "core nets synthesis quant methods evaluate api engines rows",
+    "compare": "compare core nets synthesis quant methods evaluate api engines rows",
     "literature": "core api",
     "table": "core literature rows",
     "cli": "allocator cli core estimate layers nets methods evaluate api runtime compare engines report rows table "
@@ -83,7 +83,16 @@ def test_only_evaluate_opens_a_dataset():
     datasets = {"sklearn", "zipfile", "datasets", "torchvision.datasets"}
     assert [where(path) for path in FILES if imported(path) & datasets or "sklearn" in outside(path)] == ["evaluate.py"]
     readers = {where(path) for path in FILES if "zsq.evaluate" in imported(path)}
-    assert readers == {"__init__.py", "api.py", "cli/runs.py", "compare.py", "runtime/verify.py", "zoo/train.py"}
+    assert readers == {
+        "__init__.py",
+        "api.py",
+        "cli/runs.py",
+        "compare/controls.py",
+        "compare/grid.py",
+        "compare/work.py",
+        "runtime/verify.py",
+        "zoo/train.py",
+    }
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if where(path) != "core/run.py"], ids=where)
