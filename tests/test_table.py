@@ -8,7 +8,7 @@ import pytest
 
 from zsq.core import RecipeError, RunError
 from zsq.rows import write_rows
-from zsq.table import markdown, select, tables, updated
+from zsq.table import brief, markdown, select, tables, updated
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +77,21 @@ Failed: `zeroq` W8A8, seed 0: the loss is not finite at step 3.
 No control on real images for `squant:a8` (makes no images).
 
 By `zsq compare zoo:net --out DIR` on Abacus, 1 thread."""
+BRIEF = """\
+`zoo:net`, effort fast, 1,000 images of test.zip:
+
+| protocol | method | W8A8 | W4A4 | W2A2 |
+|---|---|--:|--:|--:|
+|  | float | 90.00 | 90.00 | 90.00 |
+| `minmax-ptq` | `nearest` | 89.50 (0.50) | 70.00 (20.00) | - |
+|  | `zeroq` | - | 80.00 ± 1.00 (10.00; n = 3) | - |
+|  | `zeroq`, real images | - | 85.00 (5.00) | - |
+|  | `squant:a8` | 88.00 (2.00) | - | - |
+| `other` | `zeroq` | - | 50.00 (40.00) | 40.00 (50.00) |
+
+Top-1 in percent, behind it the drop in points; ± is the standard deviation over n seeds.
+
+Failed: `zeroq` W8A8, seed 0: the loss is not finite at step 3."""
 
 
 def test_a_table_as_text():
@@ -84,15 +99,10 @@ def test_a_table_as_text():
     assert markdown(tables(ROWS)) == TEXT
 
 
-def test_a_brief_table_still_says_what_failed():
-    shown = markdown(tables(ROWS), brief=True)
-    grid = [line for line in TEXT.splitlines() if line.startswith("|")]
-    assert [line for line in shown.splitlines() if line.startswith("|")] == [
-        "|".join(line.split("|")[:-3]) + "|" for line in grid
-    ]
-    assert "Failed: `zeroq` W8A8" in shown
-    assert "By `zsq" not in shown
-    assert "No control" not in shown
+def test_brief_tables_join_protocols_and_still_say_what_failed():
+    others = [row("zeroq", "W4A4", 50.0, protocol="other"), row("zeroq", "W2A2", 40.0, protocol="other")]
+    assert brief(tables([*ROWS, *others])) == BRIEF
+    assert len(brief(tables([*ROWS, row("zeroq", "W4A4", 50.0, effort="paper")])).split("`zoo:net`, effort")) == 3
 
 
 def test_a_cell_that_two_files_have_counts_once():
@@ -176,7 +186,7 @@ def test_what_stands_between_the_marks_is_made_anew(tmp_path):
 def test_a_mark_may_ask_for_a_brief_table(tmp_path):
     write_rows(tmp_path / "all.jsonl", ROWS)
     (tmp_path / "page.md").write_text("<!-- zsq table all.jsonl --brief -->\n<!-- end -->\n")
-    assert f"\n\n{markdown(tables(ROWS), brief=True)}\n\n" in updated(tmp_path / "page.md")
+    assert f"\n\n{brief(tables(ROWS))}\n\n" in updated(tmp_path / "page.md")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,7 +12,7 @@ from zsq.core.errors import RecipeError, RunError
 from zsq.literature import published
 from zsq.rows import Row, read_rows, seconds_of_making
 
-__all__ = ["Entry", "Line", "Table", "facts", "markdown", "select", "tables", "updated"]
+__all__ = ["Entry", "Line", "Table", "brief", "facts", "markdown", "select", "tables", "updated"]
 
 REAL = ", real images"
 """What marks the control that is fed with real images."""
@@ -71,9 +71,9 @@ class Table:
     """Which methods have no control, and by which commands the rows were made."""
 
     @property
-    def title(self) -> str:
-        """Under which conditions."""
-        return f"`{self.model}` under `{self.protocol}`, effort {self.effort}, {self.images:,} images of {self.data}"
+    def conditions(self) -> str:
+        """What was measured on what, whatever the protocol."""
+        return f"effort {self.effort}, {self.images:,} images of {self.data}"
 
 
 def tables(rows: Iterable[Row]) -> list[Table]:
@@ -88,9 +88,17 @@ def tables(rows: Iterable[Row]) -> list[Table]:
     return [_table(key, group, exact.get((key[0], key[3]))) for key, group in groups.items()]
 
 
-def markdown(found: Sequence[Table], *, brief: bool = False) -> str:
-    """The tables as Markdown, or accuracies alone if ``brief``; empty if there are none."""
-    return "\n\n".join(_markdown(table, brief) for table in found)
+def markdown(found: Sequence[Table]) -> str:
+    """The tables as Markdown; empty if there are none."""
+    return "\n\n".join(map(_whole, found))
+
+
+def brief(found: Sequence[Table]) -> str:
+    """Their accuracies alone, one table for each network: neither costs nor published drops nor commands."""
+    groups: dict[tuple[str, str], list[Table]] = {}
+    for table in found:
+        groups.setdefault((table.model, table.conditions), []).append(table)
+    return "\n\n".join(map(_brief, groups.values()))
 
 
 def select(rows: Iterable[Row], only: Sequence[str]) -> list[Row]:
@@ -128,8 +136,8 @@ def updated(path: Path) -> str:
     def made(match: re.Match[str]) -> str:
         if match["words"] is None:
             return match[0]
-        rows, only, brief = _read(match["words"], path)
-        shown = markdown(tables(select(rows, only)), brief=brief)
+        rows, only, text = _read(match["words"], path)
+        shown = text(tables(select(rows, only)))
         if not shown:
             raise RecipeError(f"{path}: no rows for <!-- zsq table {match['words']} -->")
         return f"{match['begin']}\n{shown}\n\n{match['end']}"
@@ -137,11 +145,11 @@ def updated(path: Path) -> str:
     return MARK.sub(made, text)
 
 
-def _read(words: str, path: Path) -> tuple[list[Row], list[str], bool]:
-    """The rows and the rules of a marker in the Markdown file ``path``, and whether it is to be brief."""
+def _read(words: str, path: Path) -> tuple[list[Row], list[str], Callable[[Sequence[Table]], str]]:
+    """The rows and the rules of a marker in the Markdown file ``path``, and what makes text of their tables."""
     rows: list[Row] = []
     only = []
-    brief = False
+    text = markdown
     left = shlex.split(words)
     while left:
         word = left.pop(0)
@@ -149,14 +157,14 @@ def _read(words: str, path: Path) -> tuple[list[Row], list[str], bool]:
             only.append(left.pop(0))
             continue
         if word == "--brief":
-            brief = True
+            text = brief
             continue
         places = [folder / word for folder in path.resolve().parents]
         place = next((place for place in places if place.exists()), None)
         if place is None:
             raise RunError(f"{path} names {word}, which is neither in its folder nor in one above it")
         rows += read_rows(place)
-    return rows, only, brief
+    return rows, only, text
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
@@ -244,7 +252,7 @@ def _made(rows: list[Row]) -> list[str]:
     return list(found)
 
 
-def _markdown(table: Table, brief: bool) -> str:
+def _whole(table: Table) -> str:
     header = ["method", *table.bits, "seconds", "MB"]
     sources = list(dict.fromkeys(s for line in table.lines for drops in line.published.values() for _, s in drops))
     body = [["float", *([f"{table.float_top1:.2f}"] * len(table.bits)), "", ""]]
@@ -255,16 +263,37 @@ def _markdown(table: Table, brief: bool) -> str:
         if line.published:
             papers = [_paper_cell(line.published.get(bits, ()), sources) for bits in table.bits]
             body.append([f"{_shown(line.name)}, published", *papers, "", ""])
-    shown = len(header) - 2 if brief else len(header)
-    grid = ["| " + " | ".join(cells[:shown]) + " |" for cells in (header, *body)]
-    grid.insert(1, "|---" + "|--:" * (shown - 1) + "|")
-    spread = any(entry.spread is not None for line in table.lines for entry in line.entries.values())
-    legend = "Top-1 in percent, behind it the drop in points"
-    legend += "; ± is the standard deviation over n seeds." if spread else "."
     named = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
     about = [f"Published drops under this protocol: {named}. Float networks and effort differ."] if sources else []
-    notes = () if brief else table.notes
-    return "\n".join([f"{table.title}:", "", *grid, "", "\n\n".join([legend, *about, *table.missing, *notes])])
+    title = f"`{table.model}` under `{table.protocol}`, {table.conditions}:"
+    return "\n\n".join([title, _grid(header, body, 1), _legend([table]), *about, *table.missing, *table.notes])
+
+
+def _brief(group: Sequence[Table]) -> str:
+    first = group[0]
+    columns = sorted({bits for table in group for bits in table.bits}, key=_widths, reverse=True)
+    body = [["", "float", *([f"{first.float_top1:.2f}"] * len(columns))]]
+    for table in group:
+        for index, line in enumerate(table.lines):
+            protocol = "" if index else f"`{table.protocol}`"
+            body.append([protocol, _shown(line.name), *(_cell(line.entries.get(bits)) for bits in columns)])
+    missing = [text for table in group for text in table.missing]
+    title = f"`{first.model}`, {first.conditions}:"
+    return "\n\n".join([title, _grid(["protocol", "method", *columns], body, 2), _legend(group), *missing])
+
+
+def _grid(header: list[str], body: list[list[str]], left: int) -> str:
+    """A table of which the first ``left`` columns are words."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *body)]
+    lines.insert(1, "|---" * left + "|--:" * (len(header) - left) + "|")
+    return "\n".join(lines)
+
+
+def _legend(group: Sequence[Table]) -> str:
+    entries = [entry for table in group for line in table.lines for entry in line.entries.values()]
+    spread = any(entry.spread is not None for entry in entries)
+    end = "; ± is the standard deviation over n seeds." if spread else "."
+    return f"Top-1 in percent, behind it the drop in points{end}"
 
 
 def _paper_cell(drops: Sequence[tuple[float, str]], sources: list[str]) -> str:

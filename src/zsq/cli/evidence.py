@@ -122,7 +122,9 @@ def table(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE,...", help="Rows of that protocol, method, bits ...; may be repeated."),
     ] = None,
-    brief: Annotated[bool, typer.Option("--brief", help="Accuracies alone: no costs and no commands.")] = False,
+    only_brief: Annotated[
+        bool, typer.Option("--brief", help="Accuracies alone, of all protocols in one table.")
+    ] = False,
     update: Annotated[
         bool,
         typer.Option(
@@ -134,7 +136,7 @@ def table(
     """Print the tables of comparisons as Markdown."""
     from zsq.core.run import save_atomically
     from zsq.rows import read_rows
-    from zsq.table import facts, markdown, select, tables, updated
+    from zsq.table import brief, facts, markdown, select, tables, updated
 
     if update:
         for path, text in [(path, updated(path)) for path in paths]:
@@ -146,7 +148,7 @@ def table(
     if as_json:
         print_json(facts(made))
     else:
-        print(markdown(made, brief=brief))
+        print(brief(made) if only_brief else markdown(made))
 
 
 def layers(
