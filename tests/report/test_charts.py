@@ -81,7 +81,17 @@ def test_a_scatter_plot_has_every_point():
     assert [mark.find("title").text for mark in marks] == [point.says for point in points]
     assert len({(mark.get("class"), mark[0].tag) for mark in marks}) == 10  # colour and form tell all apart
     assert found.find(".//line[@class='rule']") is not None
-    assert [name for _, name in key(order)] == order
+    assert [name for _, name in key(order, order)] == order
+
+
+def test_the_key_shows_what_is_there_in_the_colours_of_the_whole():
+    order = [f"method {index}" for index in range(10)]
+    whole, some = key(order, order), key(order, {"method 3", "method 9"}, hollow="a control")
+    assert some[:2] == [whole[3], whole[9]]
+    assert some[2][1] == "a control"
+    assert 'class="mark hollow ' in some[2][0]
+    control = parsed(scatter([Point(1, 2, "b", "x", hollow=True)], "x", x_name="x", y_name="y", order=["a", "b"]))
+    assert control.find("g[@class='mark hollow s1']/title").text == "x"
 
 
 def test_a_histogram_shades_what_is_represented():

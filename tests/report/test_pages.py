@@ -273,7 +273,11 @@ def test_the_plots_of_a_comparison_appear(shown, comparison):
         assert x[0] < x[2] < x[1] < x[3]
         assert y[0] > y[1] > y[2] > y[3]  # better is higher
     said = script("return document.querySelector('.legend').innerText")
-    assert all(name in said for name in ("nearest", "zeroq", "zeroq, real images", "genie"))
+    assert said.split() == ["nearest", "zeroq", "genie", "fed", "with", "real", "images"]
+    fills = script(
+        "return [...document.querySelectorAll('.plot:nth-child(1) .mark')].map((e) => getComputedStyle(e).fill)"
+    )
+    assert [fill == "none" for fill in fills] == [False, False, True, False]
     assert "9.5 (4.0 to 12.0)" in script("return document.querySelector('#cells').innerText")
 
 

@@ -1,7 +1,7 @@
 """Charts as inline SVG: colours and fonts come from the page, so that they follow its light and dark dress."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ __all__ = ["Axis", "Point", "bars", "histogram", "interval", "key", "lines", "ni
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 12.0, 40.0
 _SERIES = 8
 """Colours that the page knows, as classes s0, s1 ..."""
-_MARKS = ("circle", "square", "diamond", "triangle")
 
 
 class Point(NamedTuple):
@@ -23,6 +22,8 @@ class Point(NamedTuple):
     series: str
     says: str
     """What is shown where a pointer rests on it."""
+    hollow: bool = False
+    """Only its edge is drawn, for a control of the series."""
 
 
 @dataclass(frozen=True)
@@ -166,23 +167,17 @@ def scatter(
             f'<text class="axis" x="{width - _RIGHT:g}" y="{level + 14:.1f}" text-anchor="end">{_text(name)}</text>'
         )
     for point in points:
-        place = order.index(point.series)
-        mark = _mark(_MARKS[place // _SERIES % len(_MARKS)], x.at(point.x), y.at(point.y))
-        shapes.append(f'<g class="mark s{place % _SERIES}">{mark}<title>{_text(point.says)}</title></g>')
+        shapes.append(_mark(order.index(point.series), x.at(point.x), y.at(point.y), point.hollow, point.says))
     return _svg(
         width, height, label, [*_rules(y, width), *_feet(x, height), *_names(width, height, x_name, y_name), *shapes]
     )
 
 
-def key(order: Sequence[str]) -> list[tuple[str, str]]:
-    """The mark of each series as a small picture, and its name."""
-    found = []
-    for place, name in enumerate(order):
-        mark = _mark(_MARKS[place // _SERIES % len(_MARKS)], 7, 7)
-        inner = f'<g class="mark s{place % _SERIES}">{mark}</g>'
-        picture = f'<svg class="key" viewBox="0 0 14 14" aria-hidden="true">{inner}</svg>'
-        found.append((picture, name))
-    return found
+def key(order: Sequence[str], shown: Collection[str], hollow: str = "") -> list[tuple[str, str]]:
+    """The mark of each series that is ``shown`` as a small picture, and its name; last what a ``hollow`` mark says."""
+    marks = [(_mark(place, 7, 7), name) for place, name in enumerate(order) if name in shown]
+    marks += [(_mark(_SERIES - 1, 7, 7, hollow=True), hollow)] if hollow else []
+    return [(f'<svg class="key" viewBox="0 0 14 14" aria-hidden="true">{mark}</svg>', name) for mark, name in marks]
 
 
 def histogram(counts: Histogram, label: str, within: tuple[float, float] | None = None) -> str:
@@ -230,16 +225,19 @@ def interval(drop: float, low: float, high: float, end: float) -> str:
     )
 
 
-def _mark(form: str, x: float, y: float) -> str:
-    match form:
-        case "circle":
-            return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.6"/>'
-        case "square":
-            return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
-        case "diamond":
-            return f'<path d="M{x:.1f},{y - 5.5:.1f}l5.5,5.5l-5.5,5.5l-5.5,-5.5Z"/>'
+def _mark(place: int, x: float, y: float, hollow: bool = False, says: str = "") -> str:
+    """The mark of the series at ``place``: colours repeat in another form."""
+    match place // _SERIES % 4:
+        case 0:
+            form = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.6"/>'
+        case 1:
+            form = f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
+        case 2:
+            form = f'<path d="M{x:.1f},{y - 5.5:.1f}l5.5,5.5l-5.5,5.5l-5.5,-5.5Z"/>'
         case _:
-            return f'<path d="M{x:.1f},{y - 5:.1f}l5.2,9h-10.4Z"/>'
+            form = f'<path d="M{x:.1f},{y - 5:.1f}l5.2,9h-10.4Z"/>'
+    title = f"<title>{_text(says)}</title>" if says else ""
+    return f'<g class="{"mark hollow" if hollow else "mark"} s{place % _SERIES}">{form}{title}</g>'
 
 
 def _rules(y: Axis, width: float, unit: str = "") -> list[str]:

@@ -20,7 +20,7 @@ def comparison(folder: Path) -> dict[str, Any]:
     if not rows:
         raise RunError(f"{folder} holds no finished cell: run zsq compare first")
     cells = [_cell(row) for row in rows]
-    methods = list(dict.fromkeys(cell["method"] for cell in cells if cell["bytes"] is not None))
+    methods = list(dict.fromkeys(cell["series"] for cell in cells if cell["bytes"] is not None))
     measured = [cell for cell in cells if cell["top1"] is not None]
     models = list(dict.fromkeys(cell["model"] for cell in measured))
     return {
@@ -30,7 +30,6 @@ def comparison(folder: Path) -> dict[str, Any]:
         "data": sorted({row["data"] for row in rows if row.get("data")}),
         "estimated": any(cell["estimate"] is not None for cell in cells),
         "charts": [_charts(model, measured, methods) for model in models],
-        "key": charts.key(methods),
         "commands": list(dict.fromkeys(row["command"] for row in rows if "command" in row)),
         "machines": sorted({_machine(row["machine"]) for row in rows if "machine" in row}),
     }
@@ -44,6 +43,8 @@ def _cell(row: dict[str, Any]) -> dict[str, Any]:
         "name": row["cell"],
         "model": row.get("model", row["cell"].partition("/")[0]).rpartition(":")[2],
         "method": row.get("method", "") + (", real images" if real else ""),
+        "series": row.get("method", ""),
+        "real": real,
         "bits": row.get("bits", "").upper(),
         "protocol": row.get("protocol", ""),
         "seed": row.get("seed"),
@@ -64,7 +65,7 @@ def _charts(model: str, cells: list[dict[str, Any]], methods: list[str]) -> dict
 
     def plot(field: str, scale: float, x_name: str) -> str:
         points = [
-            charts.Point(cell[field] / scale, cell["top1"], cell["method"], f"{_says(cell)}: {cell['top1']:.2f} %")
+            charts.Point(cell[field] / scale, cell["top1"], cell["series"], _says(cell), hollow=cell["real"])
             for cell in mine
             if cell[field]
         ]
@@ -73,9 +74,11 @@ def _charts(model: str, cells: list[dict[str, Any]], methods: list[str]) -> dict
         names = {"x_name": x_name, "y_name": "top-1, percent"}
         return charts.scatter(points, label, **names, order=methods, rule=rule) if points else ""
 
+    real = "fed with real images" if any(cell["real"] for cell in mine) else ""
     return {
         "model": model,
         "float": exact,
+        "key": charts.key(methods, {cell["series"] for cell in mine}, real),
         "size": plot("bytes", 1000.0, "kilobytes of the packed file"),
         "time": plot("seconds", 1.0, "seconds of making it"),
     }
@@ -83,7 +86,7 @@ def _charts(model: str, cells: list[dict[str, Any]], methods: list[str]) -> dict
 
 def _says(cell: dict[str, Any]) -> str:
     seed = "" if cell["seed"] is None else f", seed {cell['seed']}"
-    return f"{cell['method']} {cell['bits']} under {cell['protocol']}{seed}"
+    return f"{cell['method']} {cell['bits']} under {cell['protocol']}{seed}: {cell['top1']:.2f} %"
 
 
 def _machine(machine: dict[str, Any]) -> str:
