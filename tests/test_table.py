@@ -105,6 +105,15 @@ def test_brief_tables_join_protocols_and_still_say_what_failed():
     assert len(brief(tables([*ROWS, row("zeroq", "W4A4", 50.0, effort="paper")])).split("`zoo:net`, effort")) == 3
 
 
+def test_the_control_comes_first_and_real_images_behind_their_method():
+    assert brief(tables(ROWS[:1] + ROWS[:0:-1])).splitlines()[5:9] == [
+        "| `minmax-ptq` | `nearest` | 89.50 (0.50) | 70.00 (20.00) |",
+        "|  | `squant:a8` | 88.00 (2.00) | - |",
+        "|  | `zeroq` | - | 80.00 ± 1.00 (10.00; n = 3) |",
+        "|  | `zeroq`, real images | - | 85.00 (5.00) |",
+    ]
+
+
 def test_a_cell_that_two_files_have_counts_once():
     assert markdown(tables([*ROWS, *ROWS])) == TEXT
     other = [{**each, "recipe": "another"} for each in ROWS]

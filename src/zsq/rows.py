@@ -8,10 +8,13 @@ from typing import Any
 from zsq.core.errors import RunError
 from zsq.core.run import save_atomically
 
-__all__ = ["FILE", "Row", "read_rows", "seconds_of_making", "write_rows"]
+__all__ = ["CONTROL", "FILE", "Row", "read_rows", "seconds_of_making", "write_rows"]
 
 FILE = "cells.jsonl"
 """The rows of a comparison, in its folder."""
+
+CONTROL = "nearest"
+"""The method that stands in every table."""
 
 Row = Mapping[str, Any]
 

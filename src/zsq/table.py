@@ -10,7 +10,7 @@ from typing import Any
 
 from zsq.core.errors import RecipeError, RunError
 from zsq.literature import published
-from zsq.rows import Row, read_rows, seconds_of_making
+from zsq.rows import CONTROL, Row, read_rows, seconds_of_making
 
 __all__ = ["Entry", "Line", "Table", "brief", "facts", "markdown", "select", "tables", "updated"]
 
@@ -176,7 +176,7 @@ def _table(key: tuple[str, ...], rows: list[Row], exact: Row | None) -> Table:
     measured = exact or next(iter(done), None)
     accuracy: Mapping[str, Any] = {"top1": 0.0, "images": 0} if measured is None else measured["accuracy"]["float"]
     lines = []
-    for name in dict.fromkeys(map(_name, rows)):
+    for name in _order(rows):
         own = next(row for row in rows if _name(row) == name)
         papers = published(model, own["method"], own["preset"], protocol) if own["source"] == "own" else {}
         lines.append(_line(name, [row for row in done if _name(row) == name], papers))
@@ -192,6 +192,14 @@ def _table(key: tuple[str, ...], rows: list[Row], exact: Row | None) -> Table:
         missing=tuple(_failures(rows)),
         notes=(*_no_real(rows), *_made(rows)),
     )
+
+
+def _order(rows: list[Row]) -> list[str]:
+    """What the lines are called: the control first, each method before what it makes of real images."""
+    methods = list(dict.fromkeys(_name(row).removesuffix(REAL) for row in rows))
+    methods.sort(key=CONTROL.__ne__)
+    names = set(map(_name, rows))
+    return [name for method in methods for name in (method, method + REAL) if name in names]
 
 
 def _name(row: Row) -> str:

@@ -17,12 +17,10 @@ from zsq.evaluate import check_images, read_images
 from zsq.nets.graph import capture
 from zsq.nets.load import Network, load_network
 from zsq.quant import QuantizationProtocol
-from zsq.rows import FILE, read_rows
+from zsq.rows import CONTROL, FILE, read_rows
 
 __all__ = ["Cell", "Comparison", "Grid", "plan", "without_folders"]
 
-CONTROL = "nearest"
-"""The method that stands in every table."""
 FLOAT_BITS = "w32a32"
 
 
