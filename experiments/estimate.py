@@ -3,7 +3,7 @@
     python experiments/estimate.py results/*.jsonl --models resnet20-cifar10 mobilenetv2-cifar10
 
 Prints the rank correlation, the mean absolute error where the true drop is below 20 points, how often the interval
-held, the same for each network and source, the constant that would fit each source best, and the worst cells.
+held, the same for each network, method and source, the constant that would fit each source best, and the worst cells.
 """
 
 import argparse
@@ -29,6 +29,11 @@ def read_cells(files: Sequence[Path], models: Sequence[str]) -> list[dict]:
     ]
 
 
+def method_of(cell: dict) -> str:
+    """The method, and whether it was fed with real images."""
+    return cell["method"] + ("" if cell["source"] == "own" else ", real images")
+
+
 def best_constant(disagreement: np.ndarray, drop: np.ndarray) -> float:
     """The factor of ``disagreement`` with the least mean absolute error; the error is linear between the ratios."""
     ratios = drop[disagreement > 0] / disagreement[disagreement > 0]
@@ -40,6 +45,8 @@ def line(name: str, found: np.ndarray, drop: np.ndarray) -> str:
     mild = drop < RANGE
     error = (found - drop)[mild]
     rank = spearmanr(found, drop).statistic if len(drop) > 2 else float("nan")
+    if not mild.any():
+        return f"{name:40} {len(drop):5} {rank:9.3f} {0:9}"
     return (
         f"{name:40} {len(drop):5} {rank:9.3f} {mild.sum():9} {np.abs(error).mean():9.2f} {error.mean():+7.2f} "
         f"{np.abs(error).max():7.2f}"
@@ -59,9 +66,11 @@ def main() -> None:
     low, found, high = (np.array([cell["estimate"][name] for cell in cells]) for name in ("low", "drop", "high"))
     print(f"{'':40} {'cells':>5} {'Spearman':>9} {'below ' + f'{RANGE:.0f}':>9} {'error':>9} {'bias':>7} {'worst':>7}")
     print(line("all", found, drop))
-    for model in sorted({cell["model"] for cell in cells}):
-        of = np.array([cell["model"] == model for cell in cells])
-        print(line(model, found[of], drop[of]))
+    for name in (lambda cell: cell["model"], method_of):
+        names = [name(cell) for cell in cells]
+        for each in sorted(set(names)):
+            of = np.array([each == other for other in names])
+            print(line(each, found[of], drop[of]))
     mild = drop < RANGE
     held = ((low <= drop) & (drop <= high))[mild]
     said = found > RANGE
